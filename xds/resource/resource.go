@@ -118,7 +118,7 @@ type Retry struct {
 	On []string
 	// Codes are retriable_status_codes (HTTP).
 	Codes []uint32
-	// Attempts is num_retries: further attempts after the first. Unset in xDS means 1.
+	// Attempts is num_retries: further attempts after the first, 0 for none. Unset in xDS means 1.
 	Attempts uint32
 	PerTry   time.Duration // 0 means none
 	// Base and Max of the back-off; unset in xDS means 25 ms and ten times the base.

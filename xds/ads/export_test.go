@@ -1,0 +1,4 @@
+package ads
+
+// Backoff is the wait before attempt n.
+var Backoff = backoff
