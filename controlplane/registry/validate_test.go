@@ -1,0 +1,95 @@
+package registry
+
+import (
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/inlay-mesh/inlay/xds/meshpb/registrypb"
+)
+
+func TestDecodeRefuses(t *testing.T) {
+	many := make(map[string]string)
+	for i := range 65 {
+		many[strings.Repeat("k", i+1)] = "v"
+	}
+	port := func(change func(*registrypb.Port)) func(*registrypb.Instance) {
+		return func(in *registrypb.Instance) { change(in.Ports[0]) }
+	}
+	address := func(s string) func(*registrypb.Instance) {
+		return port(func(p *registrypb.Port) { p.Addresses = []string{s} })
+	}
+	for name, tc := range map[string]struct {
+		change func(*registrypb.Instance)
+		want   string
+	}{
+		"no id":                 {func(in *registrypb.Instance) { in.InstanceId = "" }, "instance_id"},
+		"an id with a newline":  {func(in *registrypb.Instance) { in.InstanceId = "a\nb" }, "visible ASCII"},
+		"a service with a dot":  {func(in *registrypb.Instance) { in.Service = "a.b" }, "service \"a.b\": want a DNS label"},
+		"a service in capitals": {func(in *registrypb.Instance) { in.Service = "Orders" }, "want a DNS label"},
+		"a long namespace":      {func(in *registrypb.Instance) { in.Namespace = strings.Repeat("a", 64) }, "namespace"},
+		"two versions":          {func(in *registrypb.Instance) { in.Labels = map[string]string{"version": "v2"} }, "want one of them, or the same"},
+		"too many labels":       {func(in *registrypb.Instance) { in.Labels = many }, "65 of them: want at most 64"},
+		"a long label":          {func(in *registrypb.Instance) { in.Labels = map[string]string{"k": strings.Repeat("v", 257)} }, "want at most 256"},
+		"too much weight":       {func(in *registrypb.Instance) { in.Weight = 10_001 }, "weight 10001: want 1 to 10000"},
+		"no tls":                {func(in *registrypb.Instance) { in.Tls = 0 }, "want TLS_MESH"},
+		"a tls of the future":   {func(in *registrypb.Instance) { in.Tls = 9 }, "want TLS_MESH"},
+		"no ports":              {func(in *registrypb.Instance) { in.Ports = nil }, "ports: 0 of them"},
+		"a nil port":            {func(in *registrypb.Instance) { in.Ports = []*registrypb.Port{nil} }, "ports[0]: port 0"},
+		"a port beyond":         {port(func(p *registrypb.Port) { p.Port = 65536 }), "port 65536: want the service's port, 1 to 65535"},
+		"a port twice":          {func(in *registrypb.Instance) { in.Ports = append(in.Ports, in.Ports[0]) }, "ports[1]: port 8080 is there twice"},
+		"no protocol":           {port(func(p *registrypb.Port) { p.Protocol = 0 }), "want PROTOCOL_GRPC"},
+		"no address":            {port(func(p *registrypb.Port) { p.Addresses = nil }), "0 addresses"},
+		"a name":                {address("localhost:80"), "want ip:port"},
+		"all addresses":         {address("0.0.0.0:80"), "the unspecified address cannot be called"},
+		"all v6 addresses":      {address("[::]:80"), "the unspecified address cannot be called"},
+		"mapped all addresses":  {address("[::ffff:0.0.0.0]:80"), "the unspecified address cannot be called"},
+		"multicast":             {address("224.0.0.1:80"), "one machine"},
+		"a zone":                {address("[fe80::1%eth0]:80"), "zone"},
+		"port zero":             {address("10.0.0.1:0"), "want a port"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := proto.CloneOf(instance(nil).GetInstance())
+			tc.change(in)
+			if _, err := decode(in); err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("err = %v, want %q", err, tc.want)
+			}
+		})
+	}
+}
+
+func TestDecodeReportsAllFaultsAtOnce(t *testing.T) {
+	_, err := decode(&registrypb.Instance{})
+	for _, want := range []string{"instance_id", "namespace", "service", "tls", "ports"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("err = %v, want %q in it", err, want)
+		}
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	seed, err := proto.Marshal(instance(nil).GetInstance())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(seed)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var m registrypb.Instance
+		if proto.Unmarshal(b, &m) != nil {
+			return
+		}
+		in, err := decode(&m)
+		if err != nil {
+			return
+		}
+		if in.ID == "" || in.Weight == 0 || len(in.Ports) == 0 || in.Labels["version"] != in.Version {
+			t.Errorf("accepted %+v", in)
+		}
+		for _, p := range in.Ports {
+			if p.Port == 0 || p.Protocol == "" || len(p.Addresses) == 0 {
+				t.Errorf("accepted port %+v", p)
+			}
+		}
+	})
+}
