@@ -6,10 +6,13 @@ package attest
 import (
 	"context"
 	"crypto/tls"
+	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+
+	"github.com/inlay-mesh/inlay/identity"
 )
 
 // Caller is who made a gRPC call. The zero value is somebody unknown over plaintext.
@@ -56,15 +59,18 @@ func CallerFrom(ctx context.Context) Caller {
 	return Caller{}
 }
 
-// peerID reads the one URI SAN of the verified leaf (X.509-SVID, section 5: "An X.509 SVID MUST
-// contain exactly one URI SAN").
+// peerID is zero for a client that came without SVID. The listener's configuration (identity.ServerTLS)
+// has verified what is there.
 func peerID(s tls.ConnectionState) spiffeid.ID {
-	if len(s.PeerCertificates) == 0 || len(s.PeerCertificates[0].URIs) != 1 {
-		return spiffeid.ID{}
-	}
-	id, err := spiffeid.FromURI(s.PeerCertificates[0].URIs[0])
+	id, err := identity.PeerID(s)
 	if err != nil {
 		return spiffeid.ID{}
 	}
 	return id
+}
+
+// IsNode reports whether the caller may speak for the node: a local process of one of uids that
+// is not itself a workload. A process below `inlay run` never may, whatever its user.
+func (c Caller) IsNode(uids ...uint32) bool {
+	return c.Local && c.ID.IsZero() && slices.Contains(uids, c.UID)
 }
