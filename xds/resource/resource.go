@@ -107,6 +107,7 @@ const (
 	Prefix              PathKind = iota // prefix: bytewise; "" and "/" match all
 	Exact                               // path
 	PathSeparatedPrefix                 // path_separated_prefix: whole segments
+	Regex                               // safe_regex: RE2, the whole path
 )
 
 // HeaderMatch is an exact comparison of one header's value.
@@ -145,7 +146,8 @@ type Cluster struct {
 	MaxRequests uint32
 	// RetryBudgetPercent of calls in flight; 0 when the cluster has no retry_budget.
 	RetryBudgetPercent float64
-	RetryMinPerSecond  uint32
+	// RetryMinPerSecond is what the budget always allows; 3 when the cluster does not say.
+	RetryMinPerSecond uint32
 	// HTTP2 is true when explicit_http_config selects HTTP/2; false is HTTP/1.1.
 	HTTP2 bool
 	// Transports are tried in order against an endpoint's TransportMatch metadata.

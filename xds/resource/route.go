@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -105,6 +106,18 @@ func (d *decoder) origin(s *structpb.Struct, at *path, r *Route) {
 	}
 }
 
+// checkRegex says why a pattern cannot be matched. Go's engine is RE2's and takes linear time; the
+// bound on its length is this client's own.
+func checkRegex(pattern string) error {
+	if pattern == "" || len(pattern) > maxRegex {
+		return fmt.Errorf("%d bytes: want 1 to %d", len(pattern), maxRegex)
+	}
+	_, err := regexp.Compile(pattern)
+	return err
+}
+
+const maxRegex = 4096
+
 // match fills out with the conditions that are understood and returns why others are not.
 func (d *decoder) match(m *xdspb.RouteMatch, at *path, out *Match) error {
 	errs := []error{d.strict(m, at)}
@@ -121,8 +134,17 @@ func (d *decoder) match(m *xdspb.RouteMatch, at *path, out *Match) error {
 			errs = append(errs, fmt.Errorf("%s: path_separated_prefix %q: want one without ? and # that does not end in /", at, p.PathSeparatedPrefix))
 			out.Kind, out.Path = Prefix, strings.TrimRight(p.PathSeparatedPrefix, "/")
 		}
+	case *xdspb.RouteMatch_SafeRegex:
+		// RouteMatch.safe_regex: "the entire path (without the query string) must match the regex".
+		out.Kind, out.Path = Regex, p.SafeRegex.GetRegex()
+		if err := checkRegex(out.Path); err != nil || len(unknown(p.SafeRegex.ProtoReflect())) > 0 {
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s: safe_regex %q: %w", at, out.Path, err))
+			}
+			out.Kind, out.Path = Prefix, "" // as far as can be told, the route matches
+		}
 	default:
-		errs = append(errs, fmt.Errorf("%s: the path condition is not one this client knows: want prefix, path or path_separated_prefix", at))
+		errs = append(errs, fmt.Errorf("%s: the path condition is not one this client knows: want prefix, path, path_separated_prefix or safe_regex", at))
 	}
 	for i, h := range m.GetHeaders() {
 		if len(unknown(h.ProtoReflect())) > 0 || len(unknown(h.GetStringMatch().ProtoReflect())) > 0 {

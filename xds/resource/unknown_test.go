@@ -116,6 +116,10 @@ func full() map[string]proto.Message {
 		}}}
 	}
 	return map[string]proto.Message{
+		"regex": &xdspb.RouteConfiguration{Name: "regex", VirtualHosts: []*xdspb.VirtualHost{{Name: "v", Domains: []string{"*"}, Routes: []*xdspb.Route{{
+			Match:  &xdspb.RouteMatch{PathSpecifier: &xdspb.RouteMatch_SafeRegex{SafeRegex: &xdspb.RegexMatcher{Regex: "/[^/]+/Charge"}}},
+			Action: &xdspb.Route_NonForwardingAction{NonForwardingAction: &xdspb.NonForwardingAction{}},
+		}}}}},
 		"api listener": &xdspb.Listener{Name: "orders", ApiListener: &xdspb.ApiListener{ApiListener: hcm(&xdspb.HttpConnectionManager{
 			StatPrefix: "x", CommonHttpProtocolOptions: &xdspb.HttpProtocolOptions{MaxStreamDuration: seconds(9)},
 			RouteSpecifier: &xdspb.HttpConnectionManager_Rds{Rds: &xdspb.Rds{RouteConfigName: "orders", ConfigSource: adsSource()}}})}},
@@ -141,7 +145,7 @@ func full() map[string]proto.Message {
 			TransportSocketMatches: []*xdspb.TransportSocketMatch{{Name: "plain", Match: texts("tls", "none"),
 				TransportSocket: socket(&anypb.Any{TypeUrl: rawType})}},
 			Metadata: &xdspb.Metadata{TypedFilterMetadata: map[string]*anypb.Any{"inlay.dev": pack(policyType, &extpb.ClusterPolicy{
-				RetryMinPerSecond: 3, SpiffeId: "spiffe://t/ns/default/svc/orders"})}},
+				RetryMinPerSecond: proto.Uint32(3), SpiffeId: "spiffe://t/ns/default/svc/orders"})}},
 		},
 		"http1 cluster": &xdspb.Cluster{Name: "h1", ClusterDiscoveryType: &xdspb.Cluster_Type{Type: xdspb.DiscoveryType_DISCOVERY_TYPE_EDS},
 			EdsClusterConfig: &xdspb.EdsClusterConfig{EdsConfig: adsSource()},
@@ -237,6 +241,7 @@ var wantUnknown = map[protoreflect.Name][]outcome{
 	"RouteConfiguration": {listed}, "VirtualHost": {listed}, "Route": {listed}, "MaxStreamDuration": {listed}, "RetryPolicy": {listed}, "RetryBackOff": {listed},
 	"RouteMatch": {invalid}, "HeaderMatcher": {invalid}, "NonForwardingAction": {invalid}, "RouteAction": {invalid},
 	"WeightedCluster": {invalid}, "ClusterWeight": {invalid},
+	"RegexMatcher":  {invalid},
 	"StringMatcher": {invalid, nacked}, // of a header, of a peer's name
 	"Cluster":       {listed}, "EdsClusterConfig": {listed}, "ConfigSource": {listed}, "AggregatedConfigSource": {listed}, "SelfConfigSource": {listed},
 	"CircuitBreakers": {listed}, "Thresholds": {listed}, "RetryBudget": {listed}, "Percent": {listed}, "ClusterPolicy": {listed},

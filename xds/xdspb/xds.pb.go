@@ -2302,6 +2302,7 @@ type RouteMatch struct {
 	//
 	//	*RouteMatch_Prefix
 	//	*RouteMatch_Path
+	//	*RouteMatch_SafeRegex
 	//	*RouteMatch_PathSeparatedPrefix
 	PathSpecifier isRouteMatch_PathSpecifier `protobuf_oneof:"path_specifier"`
 	unknownFields protoimpl.UnknownFields
@@ -2370,6 +2371,15 @@ func (x *RouteMatch) GetPath() string {
 	return ""
 }
 
+func (x *RouteMatch) GetSafeRegex() *RegexMatcher {
+	if x != nil {
+		if x, ok := x.PathSpecifier.(*RouteMatch_SafeRegex); ok {
+			return x.SafeRegex
+		}
+	}
+	return nil
+}
+
 func (x *RouteMatch) GetPathSeparatedPrefix() string {
 	if x != nil {
 		if x, ok := x.PathSpecifier.(*RouteMatch_PathSeparatedPrefix); ok {
@@ -2391,6 +2401,10 @@ type RouteMatch_Path struct {
 	Path string `protobuf:"bytes,2,opt,name=path,proto3,oneof"`
 }
 
+type RouteMatch_SafeRegex struct {
+	SafeRegex *RegexMatcher `protobuf:"bytes,10,opt,name=safe_regex,json=safeRegex,proto3,oneof"`
+}
+
 type RouteMatch_PathSeparatedPrefix struct {
 	PathSeparatedPrefix string `protobuf:"bytes,14,opt,name=path_separated_prefix,json=pathSeparatedPrefix,proto3,oneof"`
 }
@@ -2398,6 +2412,8 @@ type RouteMatch_PathSeparatedPrefix struct {
 func (*RouteMatch_Prefix) isRouteMatch_PathSpecifier() {}
 
 func (*RouteMatch_Path) isRouteMatch_PathSpecifier() {}
+
+func (*RouteMatch_SafeRegex) isRouteMatch_PathSpecifier() {}
 
 func (*RouteMatch_PathSeparatedPrefix) isRouteMatch_PathSpecifier() {}
 
@@ -2476,6 +2492,51 @@ type HeaderMatcher_StringMatch struct {
 
 func (*HeaderMatcher_StringMatch) isHeaderMatcher_HeaderMatchSpecifier() {}
 
+// RegexMatcher is envoy.type.matcher.v3.RegexMatcher.
+type RegexMatcher struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Regex         string                 `protobuf:"bytes,2,opt,name=regex,proto3" json:"regex,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RegexMatcher) Reset() {
+	*x = RegexMatcher{}
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RegexMatcher) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RegexMatcher) ProtoMessage() {}
+
+func (x *RegexMatcher) ProtoReflect() protoreflect.Message {
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RegexMatcher.ProtoReflect.Descriptor instead.
+func (*RegexMatcher) Descriptor() ([]byte, []int) {
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *RegexMatcher) GetRegex() string {
+	if x != nil {
+		return x.Regex
+	}
+	return ""
+}
+
 // StringMatcher is envoy.type.matcher.v3.StringMatcher.
 type StringMatcher struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2489,7 +2550,7 @@ type StringMatcher struct {
 
 func (x *StringMatcher) Reset() {
 	*x = StringMatcher{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[31]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2562,7 @@ func (x *StringMatcher) String() string {
 func (*StringMatcher) ProtoMessage() {}
 
 func (x *StringMatcher) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[31]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2575,7 @@ func (x *StringMatcher) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StringMatcher.ProtoReflect.Descriptor instead.
 func (*StringMatcher) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{31}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StringMatcher) GetMatchPattern() isStringMatcher_MatchPattern {
@@ -2552,7 +2613,7 @@ type NonForwardingAction struct {
 
 func (x *NonForwardingAction) Reset() {
 	*x = NonForwardingAction{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[32]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +2625,7 @@ func (x *NonForwardingAction) String() string {
 func (*NonForwardingAction) ProtoMessage() {}
 
 func (x *NonForwardingAction) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[32]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +2638,7 @@ func (x *NonForwardingAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NonForwardingAction.ProtoReflect.Descriptor instead.
 func (*NonForwardingAction) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{32}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{33}
 }
 
 // RouteAction is envoy.config.route.v3.RouteAction.
@@ -2598,7 +2659,7 @@ type RouteAction struct {
 
 func (x *RouteAction) Reset() {
 	*x = RouteAction{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[33]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2610,7 +2671,7 @@ func (x *RouteAction) String() string {
 func (*RouteAction) ProtoMessage() {}
 
 func (x *RouteAction) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[33]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2623,7 +2684,7 @@ func (x *RouteAction) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RouteAction.ProtoReflect.Descriptor instead.
 func (*RouteAction) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{33}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RouteAction) GetTimeout() *durationpb.Duration {
@@ -2706,7 +2767,7 @@ type MaxStreamDuration struct {
 
 func (x *MaxStreamDuration) Reset() {
 	*x = MaxStreamDuration{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[34]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2718,7 +2779,7 @@ func (x *MaxStreamDuration) String() string {
 func (*MaxStreamDuration) ProtoMessage() {}
 
 func (x *MaxStreamDuration) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[34]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2731,7 +2792,7 @@ func (x *MaxStreamDuration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MaxStreamDuration.ProtoReflect.Descriptor instead.
 func (*MaxStreamDuration) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{34}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *MaxStreamDuration) GetMaxStreamDuration() *durationpb.Duration {
@@ -2758,7 +2819,7 @@ type WeightedCluster struct {
 
 func (x *WeightedCluster) Reset() {
 	*x = WeightedCluster{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[35]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +2831,7 @@ func (x *WeightedCluster) String() string {
 func (*WeightedCluster) ProtoMessage() {}
 
 func (x *WeightedCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[35]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +2844,7 @@ func (x *WeightedCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WeightedCluster.ProtoReflect.Descriptor instead.
 func (*WeightedCluster) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{35}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WeightedCluster) GetClusters() []*ClusterWeight {
@@ -2804,7 +2865,7 @@ type ClusterWeight struct {
 
 func (x *ClusterWeight) Reset() {
 	*x = ClusterWeight{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[36]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2816,7 +2877,7 @@ func (x *ClusterWeight) String() string {
 func (*ClusterWeight) ProtoMessage() {}
 
 func (x *ClusterWeight) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[36]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2829,7 +2890,7 @@ func (x *ClusterWeight) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterWeight.ProtoReflect.Descriptor instead.
 func (*ClusterWeight) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{36}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ClusterWeight) GetName() string {
@@ -2860,7 +2921,7 @@ type RetryPolicy struct {
 
 func (x *RetryPolicy) Reset() {
 	*x = RetryPolicy{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[37]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2872,7 +2933,7 @@ func (x *RetryPolicy) String() string {
 func (*RetryPolicy) ProtoMessage() {}
 
 func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[37]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2885,7 +2946,7 @@ func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryPolicy.ProtoReflect.Descriptor instead.
 func (*RetryPolicy) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{37}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RetryPolicy) GetRetryOn() string {
@@ -2934,7 +2995,7 @@ type RetryBackOff struct {
 
 func (x *RetryBackOff) Reset() {
 	*x = RetryBackOff{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[38]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2946,7 +3007,7 @@ func (x *RetryBackOff) String() string {
 func (*RetryBackOff) ProtoMessage() {}
 
 func (x *RetryBackOff) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[38]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2959,7 +3020,7 @@ func (x *RetryBackOff) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryBackOff.ProtoReflect.Descriptor instead.
 func (*RetryBackOff) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{38}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RetryBackOff) GetBaseInterval() *durationpb.Duration {
@@ -2998,7 +3059,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[39]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3010,7 +3071,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[39]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3023,7 +3084,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{39}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Cluster) GetName() string {
@@ -3126,7 +3187,7 @@ type EdsClusterConfig struct {
 
 func (x *EdsClusterConfig) Reset() {
 	*x = EdsClusterConfig{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[40]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3138,7 +3199,7 @@ func (x *EdsClusterConfig) String() string {
 func (*EdsClusterConfig) ProtoMessage() {}
 
 func (x *EdsClusterConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[40]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3151,7 +3212,7 @@ func (x *EdsClusterConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdsClusterConfig.ProtoReflect.Descriptor instead.
 func (*EdsClusterConfig) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{40}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *EdsClusterConfig) GetEdsConfig() *ConfigSource {
@@ -3180,7 +3241,7 @@ type TransportSocketMatch struct {
 
 func (x *TransportSocketMatch) Reset() {
 	*x = TransportSocketMatch{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[41]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3192,7 +3253,7 @@ func (x *TransportSocketMatch) String() string {
 func (*TransportSocketMatch) ProtoMessage() {}
 
 func (x *TransportSocketMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[41]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3205,7 +3266,7 @@ func (x *TransportSocketMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TransportSocketMatch.ProtoReflect.Descriptor instead.
 func (*TransportSocketMatch) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{41}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *TransportSocketMatch) GetName() string {
@@ -3239,7 +3300,7 @@ type CircuitBreakers struct {
 
 func (x *CircuitBreakers) Reset() {
 	*x = CircuitBreakers{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[42]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3251,7 +3312,7 @@ func (x *CircuitBreakers) String() string {
 func (*CircuitBreakers) ProtoMessage() {}
 
 func (x *CircuitBreakers) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[42]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3264,7 +3325,7 @@ func (x *CircuitBreakers) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CircuitBreakers.ProtoReflect.Descriptor instead.
 func (*CircuitBreakers) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{42}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CircuitBreakers) GetThresholds() []*Thresholds {
@@ -3286,7 +3347,7 @@ type Thresholds struct {
 
 func (x *Thresholds) Reset() {
 	*x = Thresholds{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[43]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3298,7 +3359,7 @@ func (x *Thresholds) String() string {
 func (*Thresholds) ProtoMessage() {}
 
 func (x *Thresholds) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[43]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3311,7 +3372,7 @@ func (x *Thresholds) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Thresholds.ProtoReflect.Descriptor instead.
 func (*Thresholds) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{43}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Thresholds) GetPriority() RoutingPriority {
@@ -3346,7 +3407,7 @@ type RetryBudget struct {
 
 func (x *RetryBudget) Reset() {
 	*x = RetryBudget{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[44]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3358,7 +3419,7 @@ func (x *RetryBudget) String() string {
 func (*RetryBudget) ProtoMessage() {}
 
 func (x *RetryBudget) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[44]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3371,7 +3432,7 @@ func (x *RetryBudget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryBudget.ProtoReflect.Descriptor instead.
 func (*RetryBudget) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{44}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *RetryBudget) GetBudgetPercent() *Percent {
@@ -3398,7 +3459,7 @@ type Percent struct {
 
 func (x *Percent) Reset() {
 	*x = Percent{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[45]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3410,7 +3471,7 @@ func (x *Percent) String() string {
 func (*Percent) ProtoMessage() {}
 
 func (x *Percent) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[45]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3423,7 +3484,7 @@ func (x *Percent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Percent.ProtoReflect.Descriptor instead.
 func (*Percent) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{45}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Percent) GetValue() float64 {
@@ -3447,7 +3508,7 @@ type UpstreamHttpProtocolOptions struct {
 
 func (x *UpstreamHttpProtocolOptions) Reset() {
 	*x = UpstreamHttpProtocolOptions{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[46]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3459,7 +3520,7 @@ func (x *UpstreamHttpProtocolOptions) String() string {
 func (*UpstreamHttpProtocolOptions) ProtoMessage() {}
 
 func (x *UpstreamHttpProtocolOptions) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[46]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3472,7 +3533,7 @@ func (x *UpstreamHttpProtocolOptions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpstreamHttpProtocolOptions.ProtoReflect.Descriptor instead.
 func (*UpstreamHttpProtocolOptions) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{46}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *UpstreamHttpProtocolOptions) GetCommonHttpProtocolOptions() *HttpProtocolOptions {
@@ -3523,7 +3584,7 @@ type ExplicitHttpConfig struct {
 
 func (x *ExplicitHttpConfig) Reset() {
 	*x = ExplicitHttpConfig{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[47]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3535,7 +3596,7 @@ func (x *ExplicitHttpConfig) String() string {
 func (*ExplicitHttpConfig) ProtoMessage() {}
 
 func (x *ExplicitHttpConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[47]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3548,7 +3609,7 @@ func (x *ExplicitHttpConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplicitHttpConfig.ProtoReflect.Descriptor instead.
 func (*ExplicitHttpConfig) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{47}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ExplicitHttpConfig) GetProtocolConfig() isExplicitHttpConfig_ProtocolConfig {
@@ -3603,7 +3664,7 @@ type ClusterLoadAssignment struct {
 
 func (x *ClusterLoadAssignment) Reset() {
 	*x = ClusterLoadAssignment{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[48]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3615,7 +3676,7 @@ func (x *ClusterLoadAssignment) String() string {
 func (*ClusterLoadAssignment) ProtoMessage() {}
 
 func (x *ClusterLoadAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[48]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3628,7 +3689,7 @@ func (x *ClusterLoadAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterLoadAssignment.ProtoReflect.Descriptor instead.
 func (*ClusterLoadAssignment) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{48}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ClusterLoadAssignment) GetClusterName() string {
@@ -3658,7 +3719,7 @@ type LocalityLbEndpoints struct {
 
 func (x *LocalityLbEndpoints) Reset() {
 	*x = LocalityLbEndpoints{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[49]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3670,7 +3731,7 @@ func (x *LocalityLbEndpoints) String() string {
 func (*LocalityLbEndpoints) ProtoMessage() {}
 
 func (x *LocalityLbEndpoints) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[49]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3683,7 +3744,7 @@ func (x *LocalityLbEndpoints) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalityLbEndpoints.ProtoReflect.Descriptor instead.
 func (*LocalityLbEndpoints) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{49}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *LocalityLbEndpoints) GetLocality() *Locality {
@@ -3730,7 +3791,7 @@ type LbEndpoint struct {
 
 func (x *LbEndpoint) Reset() {
 	*x = LbEndpoint{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[50]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3742,7 +3803,7 @@ func (x *LbEndpoint) String() string {
 func (*LbEndpoint) ProtoMessage() {}
 
 func (x *LbEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[50]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3755,7 +3816,7 @@ func (x *LbEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LbEndpoint.ProtoReflect.Descriptor instead.
 func (*LbEndpoint) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{50}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *LbEndpoint) GetHealthStatus() HealthStatus {
@@ -3817,7 +3878,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[51]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3829,7 +3890,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[51]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3842,7 +3903,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{51}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Endpoint) GetAddress() *Address {
@@ -3876,7 +3937,7 @@ type AdditionalAddress struct {
 
 func (x *AdditionalAddress) Reset() {
 	*x = AdditionalAddress{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[52]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3888,7 +3949,7 @@ func (x *AdditionalAddress) String() string {
 func (*AdditionalAddress) ProtoMessage() {}
 
 func (x *AdditionalAddress) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[52]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3901,7 +3962,7 @@ func (x *AdditionalAddress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AdditionalAddress.ProtoReflect.Descriptor instead.
 func (*AdditionalAddress) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{52}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *AdditionalAddress) GetAddress() *Address {
@@ -3921,7 +3982,7 @@ type UpstreamTlsContext struct {
 
 func (x *UpstreamTlsContext) Reset() {
 	*x = UpstreamTlsContext{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[53]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3933,7 +3994,7 @@ func (x *UpstreamTlsContext) String() string {
 func (*UpstreamTlsContext) ProtoMessage() {}
 
 func (x *UpstreamTlsContext) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[53]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3946,7 +4007,7 @@ func (x *UpstreamTlsContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpstreamTlsContext.ProtoReflect.Descriptor instead.
 func (*UpstreamTlsContext) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{53}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *UpstreamTlsContext) GetCommonTlsContext() *CommonTlsContext {
@@ -3967,7 +4028,7 @@ type DownstreamTlsContext struct {
 
 func (x *DownstreamTlsContext) Reset() {
 	*x = DownstreamTlsContext{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[54]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3979,7 +4040,7 @@ func (x *DownstreamTlsContext) String() string {
 func (*DownstreamTlsContext) ProtoMessage() {}
 
 func (x *DownstreamTlsContext) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[54]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3992,7 +4053,7 @@ func (x *DownstreamTlsContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownstreamTlsContext.ProtoReflect.Descriptor instead.
 func (*DownstreamTlsContext) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{54}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *DownstreamTlsContext) GetCommonTlsContext() *CommonTlsContext {
@@ -4024,7 +4085,7 @@ type CommonTlsContext struct {
 
 func (x *CommonTlsContext) Reset() {
 	*x = CommonTlsContext{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[55]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4036,7 +4097,7 @@ func (x *CommonTlsContext) String() string {
 func (*CommonTlsContext) ProtoMessage() {}
 
 func (x *CommonTlsContext) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[55]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4049,7 +4110,7 @@ func (x *CommonTlsContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommonTlsContext.ProtoReflect.Descriptor instead.
 func (*CommonTlsContext) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{55}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *CommonTlsContext) GetAlpnProtocols() []string {
@@ -4103,7 +4164,7 @@ type CertificateProviderPluginInstance struct {
 
 func (x *CertificateProviderPluginInstance) Reset() {
 	*x = CertificateProviderPluginInstance{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[56]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4115,7 +4176,7 @@ func (x *CertificateProviderPluginInstance) String() string {
 func (*CertificateProviderPluginInstance) ProtoMessage() {}
 
 func (x *CertificateProviderPluginInstance) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[56]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4128,7 +4189,7 @@ func (x *CertificateProviderPluginInstance) ProtoReflect() protoreflect.Message 
 
 // Deprecated: Use CertificateProviderPluginInstance.ProtoReflect.Descriptor instead.
 func (*CertificateProviderPluginInstance) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{56}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *CertificateProviderPluginInstance) GetInstanceName() string {
@@ -4156,7 +4217,7 @@ type CertificateValidationContext struct {
 
 func (x *CertificateValidationContext) Reset() {
 	*x = CertificateValidationContext{}
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[57]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4168,7 +4229,7 @@ func (x *CertificateValidationContext) String() string {
 func (*CertificateValidationContext) ProtoMessage() {}
 
 func (x *CertificateValidationContext) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_xds_v3_xds_proto_msgTypes[57]
+	mi := &file_inlay_xds_v3_xds_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4181,7 +4242,7 @@ func (x *CertificateValidationContext) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CertificateValidationContext.ProtoReflect.Descriptor instead.
 func (*CertificateValidationContext) Descriptor() ([]byte, []int) {
-	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{57}
+	return file_inlay_xds_v3_xds_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *CertificateValidationContext) GetCaCertificateProviderInstance() *CertificateProviderPluginInstance {
@@ -4335,18 +4396,23 @@ const file_inlay_xds_v3_xds_proto_rawDesc = "" +
 	"\bmetadata\x18\x04 \x01(\v2\x16.inlay.xds.v3.MetadataR\bmetadata\x121\n" +
 	"\x05route\x18\x02 \x01(\v2\x19.inlay.xds.v3.RouteActionH\x00R\x05route\x12W\n" +
 	"\x15non_forwarding_action\x18\x12 \x01(\v2!.inlay.xds.v3.NonForwardingActionH\x00R\x13nonForwardingActionB\b\n" +
-	"\x06action\"\xbb\x01\n" +
+	"\x06action\"\xf8\x01\n" +
 	"\n" +
 	"RouteMatch\x125\n" +
 	"\aheaders\x18\x06 \x03(\v2\x1b.inlay.xds.v3.HeaderMatcherR\aheaders\x12\x18\n" +
 	"\x06prefix\x18\x01 \x01(\tH\x00R\x06prefix\x12\x14\n" +
-	"\x04path\x18\x02 \x01(\tH\x00R\x04path\x124\n" +
+	"\x04path\x18\x02 \x01(\tH\x00R\x04path\x12;\n" +
+	"\n" +
+	"safe_regex\x18\n" +
+	" \x01(\v2\x1a.inlay.xds.v3.RegexMatcherH\x00R\tsafeRegex\x124\n" +
 	"\x15path_separated_prefix\x18\x0e \x01(\tH\x00R\x13pathSeparatedPrefixB\x10\n" +
 	"\x0epath_specifier\"\x7f\n" +
 	"\rHeaderMatcher\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12@\n" +
 	"\fstring_match\x18\r \x01(\v2\x1b.inlay.xds.v3.StringMatcherH\x00R\vstringMatchB\x18\n" +
-	"\x16header_match_specifier\"8\n" +
+	"\x16header_match_specifier\"$\n" +
+	"\fRegexMatcher\x12\x14\n" +
+	"\x05regex\x18\x02 \x01(\tR\x05regex\"8\n" +
 	"\rStringMatcher\x12\x16\n" +
 	"\x05exact\x18\x01 \x01(\tH\x00R\x05exactB\x0f\n" +
 	"\rmatch_pattern\"\x15\n" +
@@ -4506,7 +4572,7 @@ func file_inlay_xds_v3_xds_proto_rawDescGZIP() []byte {
 }
 
 var file_inlay_xds_v3_xds_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_inlay_xds_v3_xds_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
+var file_inlay_xds_v3_xds_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_inlay_xds_v3_xds_proto_goTypes = []any{
 	(DiscoveryType)(0),                        // 0: inlay.xds.v3.DiscoveryType
 	(LbPolicy)(0),                             // 1: inlay.xds.v3.LbPolicy
@@ -4545,150 +4611,152 @@ var file_inlay_xds_v3_xds_proto_goTypes = []any{
 	(*Route)(nil),                             // 34: inlay.xds.v3.Route
 	(*RouteMatch)(nil),                        // 35: inlay.xds.v3.RouteMatch
 	(*HeaderMatcher)(nil),                     // 36: inlay.xds.v3.HeaderMatcher
-	(*StringMatcher)(nil),                     // 37: inlay.xds.v3.StringMatcher
-	(*NonForwardingAction)(nil),               // 38: inlay.xds.v3.NonForwardingAction
-	(*RouteAction)(nil),                       // 39: inlay.xds.v3.RouteAction
-	(*MaxStreamDuration)(nil),                 // 40: inlay.xds.v3.MaxStreamDuration
-	(*WeightedCluster)(nil),                   // 41: inlay.xds.v3.WeightedCluster
-	(*ClusterWeight)(nil),                     // 42: inlay.xds.v3.ClusterWeight
-	(*RetryPolicy)(nil),                       // 43: inlay.xds.v3.RetryPolicy
-	(*RetryBackOff)(nil),                      // 44: inlay.xds.v3.RetryBackOff
-	(*Cluster)(nil),                           // 45: inlay.xds.v3.Cluster
-	(*EdsClusterConfig)(nil),                  // 46: inlay.xds.v3.EdsClusterConfig
-	(*TransportSocketMatch)(nil),              // 47: inlay.xds.v3.TransportSocketMatch
-	(*CircuitBreakers)(nil),                   // 48: inlay.xds.v3.CircuitBreakers
-	(*Thresholds)(nil),                        // 49: inlay.xds.v3.Thresholds
-	(*RetryBudget)(nil),                       // 50: inlay.xds.v3.RetryBudget
-	(*Percent)(nil),                           // 51: inlay.xds.v3.Percent
-	(*UpstreamHttpProtocolOptions)(nil),       // 52: inlay.xds.v3.UpstreamHttpProtocolOptions
-	(*ExplicitHttpConfig)(nil),                // 53: inlay.xds.v3.ExplicitHttpConfig
-	(*ClusterLoadAssignment)(nil),             // 54: inlay.xds.v3.ClusterLoadAssignment
-	(*LocalityLbEndpoints)(nil),               // 55: inlay.xds.v3.LocalityLbEndpoints
-	(*LbEndpoint)(nil),                        // 56: inlay.xds.v3.LbEndpoint
-	(*Endpoint)(nil),                          // 57: inlay.xds.v3.Endpoint
-	(*AdditionalAddress)(nil),                 // 58: inlay.xds.v3.AdditionalAddress
-	(*UpstreamTlsContext)(nil),                // 59: inlay.xds.v3.UpstreamTlsContext
-	(*DownstreamTlsContext)(nil),              // 60: inlay.xds.v3.DownstreamTlsContext
-	(*CommonTlsContext)(nil),                  // 61: inlay.xds.v3.CommonTlsContext
-	(*CertificateProviderPluginInstance)(nil), // 62: inlay.xds.v3.CertificateProviderPluginInstance
-	(*CertificateValidationContext)(nil),      // 63: inlay.xds.v3.CertificateValidationContext
-	nil,                                       // 64: inlay.xds.v3.DeltaDiscoveryRequest.InitialResourceVersionsEntry
-	nil,                                       // 65: inlay.xds.v3.Metadata.FilterMetadataEntry
-	nil,                                       // 66: inlay.xds.v3.Metadata.TypedFilterMetadataEntry
-	nil,                                       // 67: inlay.xds.v3.Cluster.TypedExtensionProtocolOptionsEntry
-	(*status.Status)(nil),                     // 68: google.rpc.Status
-	(*anypb.Any)(nil),                         // 69: google.protobuf.Any
-	(*structpb.Struct)(nil),                   // 70: google.protobuf.Struct
-	(*durationpb.Duration)(nil),               // 71: google.protobuf.Duration
-	(*wrapperspb.UInt32Value)(nil),            // 72: google.protobuf.UInt32Value
-	(*wrapperspb.BoolValue)(nil),              // 73: google.protobuf.BoolValue
+	(*RegexMatcher)(nil),                      // 37: inlay.xds.v3.RegexMatcher
+	(*StringMatcher)(nil),                     // 38: inlay.xds.v3.StringMatcher
+	(*NonForwardingAction)(nil),               // 39: inlay.xds.v3.NonForwardingAction
+	(*RouteAction)(nil),                       // 40: inlay.xds.v3.RouteAction
+	(*MaxStreamDuration)(nil),                 // 41: inlay.xds.v3.MaxStreamDuration
+	(*WeightedCluster)(nil),                   // 42: inlay.xds.v3.WeightedCluster
+	(*ClusterWeight)(nil),                     // 43: inlay.xds.v3.ClusterWeight
+	(*RetryPolicy)(nil),                       // 44: inlay.xds.v3.RetryPolicy
+	(*RetryBackOff)(nil),                      // 45: inlay.xds.v3.RetryBackOff
+	(*Cluster)(nil),                           // 46: inlay.xds.v3.Cluster
+	(*EdsClusterConfig)(nil),                  // 47: inlay.xds.v3.EdsClusterConfig
+	(*TransportSocketMatch)(nil),              // 48: inlay.xds.v3.TransportSocketMatch
+	(*CircuitBreakers)(nil),                   // 49: inlay.xds.v3.CircuitBreakers
+	(*Thresholds)(nil),                        // 50: inlay.xds.v3.Thresholds
+	(*RetryBudget)(nil),                       // 51: inlay.xds.v3.RetryBudget
+	(*Percent)(nil),                           // 52: inlay.xds.v3.Percent
+	(*UpstreamHttpProtocolOptions)(nil),       // 53: inlay.xds.v3.UpstreamHttpProtocolOptions
+	(*ExplicitHttpConfig)(nil),                // 54: inlay.xds.v3.ExplicitHttpConfig
+	(*ClusterLoadAssignment)(nil),             // 55: inlay.xds.v3.ClusterLoadAssignment
+	(*LocalityLbEndpoints)(nil),               // 56: inlay.xds.v3.LocalityLbEndpoints
+	(*LbEndpoint)(nil),                        // 57: inlay.xds.v3.LbEndpoint
+	(*Endpoint)(nil),                          // 58: inlay.xds.v3.Endpoint
+	(*AdditionalAddress)(nil),                 // 59: inlay.xds.v3.AdditionalAddress
+	(*UpstreamTlsContext)(nil),                // 60: inlay.xds.v3.UpstreamTlsContext
+	(*DownstreamTlsContext)(nil),              // 61: inlay.xds.v3.DownstreamTlsContext
+	(*CommonTlsContext)(nil),                  // 62: inlay.xds.v3.CommonTlsContext
+	(*CertificateProviderPluginInstance)(nil), // 63: inlay.xds.v3.CertificateProviderPluginInstance
+	(*CertificateValidationContext)(nil),      // 64: inlay.xds.v3.CertificateValidationContext
+	nil,                                       // 65: inlay.xds.v3.DeltaDiscoveryRequest.InitialResourceVersionsEntry
+	nil,                                       // 66: inlay.xds.v3.Metadata.FilterMetadataEntry
+	nil,                                       // 67: inlay.xds.v3.Metadata.TypedFilterMetadataEntry
+	nil,                                       // 68: inlay.xds.v3.Cluster.TypedExtensionProtocolOptionsEntry
+	(*status.Status)(nil),                     // 69: google.rpc.Status
+	(*anypb.Any)(nil),                         // 70: google.protobuf.Any
+	(*structpb.Struct)(nil),                   // 71: google.protobuf.Struct
+	(*durationpb.Duration)(nil),               // 72: google.protobuf.Duration
+	(*wrapperspb.UInt32Value)(nil),            // 73: google.protobuf.UInt32Value
+	(*wrapperspb.BoolValue)(nil),              // 74: google.protobuf.BoolValue
 }
 var file_inlay_xds_v3_xds_proto_depIdxs = []int32{
 	11,  // 0: inlay.xds.v3.DiscoveryRequest.node:type_name -> inlay.xds.v3.Node
-	68,  // 1: inlay.xds.v3.DiscoveryRequest.error_detail:type_name -> google.rpc.Status
-	69,  // 2: inlay.xds.v3.DiscoveryResponse.resources:type_name -> google.protobuf.Any
+	69,  // 1: inlay.xds.v3.DiscoveryRequest.error_detail:type_name -> google.rpc.Status
+	70,  // 2: inlay.xds.v3.DiscoveryResponse.resources:type_name -> google.protobuf.Any
 	11,  // 3: inlay.xds.v3.DeltaDiscoveryRequest.node:type_name -> inlay.xds.v3.Node
-	64,  // 4: inlay.xds.v3.DeltaDiscoveryRequest.initial_resource_versions:type_name -> inlay.xds.v3.DeltaDiscoveryRequest.InitialResourceVersionsEntry
-	68,  // 5: inlay.xds.v3.DeltaDiscoveryRequest.error_detail:type_name -> google.rpc.Status
+	65,  // 4: inlay.xds.v3.DeltaDiscoveryRequest.initial_resource_versions:type_name -> inlay.xds.v3.DeltaDiscoveryRequest.InitialResourceVersionsEntry
+	69,  // 5: inlay.xds.v3.DeltaDiscoveryRequest.error_detail:type_name -> google.rpc.Status
 	10,  // 6: inlay.xds.v3.DeltaDiscoveryResponse.resources:type_name -> inlay.xds.v3.Resource
-	69,  // 7: inlay.xds.v3.Resource.resource:type_name -> google.protobuf.Any
-	70,  // 8: inlay.xds.v3.Node.metadata:type_name -> google.protobuf.Struct
+	70,  // 7: inlay.xds.v3.Resource.resource:type_name -> google.protobuf.Any
+	71,  // 8: inlay.xds.v3.Node.metadata:type_name -> google.protobuf.Struct
 	12,  // 9: inlay.xds.v3.Node.locality:type_name -> inlay.xds.v3.Locality
-	65,  // 10: inlay.xds.v3.Metadata.filter_metadata:type_name -> inlay.xds.v3.Metadata.FilterMetadataEntry
-	66,  // 11: inlay.xds.v3.Metadata.typed_filter_metadata:type_name -> inlay.xds.v3.Metadata.TypedFilterMetadataEntry
+	66,  // 10: inlay.xds.v3.Metadata.filter_metadata:type_name -> inlay.xds.v3.Metadata.FilterMetadataEntry
+	67,  // 11: inlay.xds.v3.Metadata.typed_filter_metadata:type_name -> inlay.xds.v3.Metadata.TypedFilterMetadataEntry
 	15,  // 12: inlay.xds.v3.Address.socket_address:type_name -> inlay.xds.v3.SocketAddress
 	5,   // 13: inlay.xds.v3.SocketAddress.protocol:type_name -> inlay.xds.v3.SocketProtocol
 	2,   // 14: inlay.xds.v3.ConfigSource.resource_api_version:type_name -> inlay.xds.v3.ApiVersion
 	17,  // 15: inlay.xds.v3.ConfigSource.ads:type_name -> inlay.xds.v3.AggregatedConfigSource
 	18,  // 16: inlay.xds.v3.ConfigSource.self:type_name -> inlay.xds.v3.SelfConfigSource
-	69,  // 17: inlay.xds.v3.TransportSocket.typed_config:type_name -> google.protobuf.Any
-	71,  // 18: inlay.xds.v3.HttpProtocolOptions.idle_timeout:type_name -> google.protobuf.Duration
-	71,  // 19: inlay.xds.v3.HttpProtocolOptions.max_stream_duration:type_name -> google.protobuf.Duration
+	70,  // 17: inlay.xds.v3.TransportSocket.typed_config:type_name -> google.protobuf.Any
+	72,  // 18: inlay.xds.v3.HttpProtocolOptions.idle_timeout:type_name -> google.protobuf.Duration
+	72,  // 19: inlay.xds.v3.HttpProtocolOptions.max_stream_duration:type_name -> google.protobuf.Duration
 	14,  // 20: inlay.xds.v3.Listener.address:type_name -> inlay.xds.v3.Address
 	25,  // 21: inlay.xds.v3.Listener.filter_chains:type_name -> inlay.xds.v3.FilterChain
 	25,  // 22: inlay.xds.v3.Listener.default_filter_chain:type_name -> inlay.xds.v3.FilterChain
 	24,  // 23: inlay.xds.v3.Listener.api_listener:type_name -> inlay.xds.v3.ApiListener
-	69,  // 24: inlay.xds.v3.ApiListener.api_listener:type_name -> google.protobuf.Any
+	70,  // 24: inlay.xds.v3.ApiListener.api_listener:type_name -> google.protobuf.Any
 	26,  // 25: inlay.xds.v3.FilterChain.filter_chain_match:type_name -> inlay.xds.v3.FilterChainMatch
 	27,  // 26: inlay.xds.v3.FilterChain.filters:type_name -> inlay.xds.v3.Filter
 	19,  // 27: inlay.xds.v3.FilterChain.transport_socket:type_name -> inlay.xds.v3.TransportSocket
-	69,  // 28: inlay.xds.v3.Filter.typed_config:type_name -> google.protobuf.Any
+	70,  // 28: inlay.xds.v3.Filter.typed_config:type_name -> google.protobuf.Any
 	30,  // 29: inlay.xds.v3.HttpConnectionManager.http_filters:type_name -> inlay.xds.v3.HttpFilter
 	20,  // 30: inlay.xds.v3.HttpConnectionManager.common_http_protocol_options:type_name -> inlay.xds.v3.HttpProtocolOptions
 	29,  // 31: inlay.xds.v3.HttpConnectionManager.rds:type_name -> inlay.xds.v3.Rds
 	32,  // 32: inlay.xds.v3.HttpConnectionManager.route_config:type_name -> inlay.xds.v3.RouteConfiguration
 	16,  // 33: inlay.xds.v3.Rds.config_source:type_name -> inlay.xds.v3.ConfigSource
-	69,  // 34: inlay.xds.v3.HttpFilter.typed_config:type_name -> google.protobuf.Any
+	70,  // 34: inlay.xds.v3.HttpFilter.typed_config:type_name -> google.protobuf.Any
 	33,  // 35: inlay.xds.v3.RouteConfiguration.virtual_hosts:type_name -> inlay.xds.v3.VirtualHost
 	34,  // 36: inlay.xds.v3.VirtualHost.routes:type_name -> inlay.xds.v3.Route
 	35,  // 37: inlay.xds.v3.Route.match:type_name -> inlay.xds.v3.RouteMatch
 	13,  // 38: inlay.xds.v3.Route.metadata:type_name -> inlay.xds.v3.Metadata
-	39,  // 39: inlay.xds.v3.Route.route:type_name -> inlay.xds.v3.RouteAction
-	38,  // 40: inlay.xds.v3.Route.non_forwarding_action:type_name -> inlay.xds.v3.NonForwardingAction
+	40,  // 39: inlay.xds.v3.Route.route:type_name -> inlay.xds.v3.RouteAction
+	39,  // 40: inlay.xds.v3.Route.non_forwarding_action:type_name -> inlay.xds.v3.NonForwardingAction
 	36,  // 41: inlay.xds.v3.RouteMatch.headers:type_name -> inlay.xds.v3.HeaderMatcher
-	37,  // 42: inlay.xds.v3.HeaderMatcher.string_match:type_name -> inlay.xds.v3.StringMatcher
-	71,  // 43: inlay.xds.v3.RouteAction.timeout:type_name -> google.protobuf.Duration
-	71,  // 44: inlay.xds.v3.RouteAction.idle_timeout:type_name -> google.protobuf.Duration
-	43,  // 45: inlay.xds.v3.RouteAction.retry_policy:type_name -> inlay.xds.v3.RetryPolicy
-	40,  // 46: inlay.xds.v3.RouteAction.max_stream_duration:type_name -> inlay.xds.v3.MaxStreamDuration
-	41,  // 47: inlay.xds.v3.RouteAction.weighted_clusters:type_name -> inlay.xds.v3.WeightedCluster
-	71,  // 48: inlay.xds.v3.MaxStreamDuration.max_stream_duration:type_name -> google.protobuf.Duration
-	71,  // 49: inlay.xds.v3.MaxStreamDuration.grpc_timeout_header_max:type_name -> google.protobuf.Duration
-	42,  // 50: inlay.xds.v3.WeightedCluster.clusters:type_name -> inlay.xds.v3.ClusterWeight
-	72,  // 51: inlay.xds.v3.ClusterWeight.weight:type_name -> google.protobuf.UInt32Value
-	72,  // 52: inlay.xds.v3.RetryPolicy.num_retries:type_name -> google.protobuf.UInt32Value
-	71,  // 53: inlay.xds.v3.RetryPolicy.per_try_timeout:type_name -> google.protobuf.Duration
-	44,  // 54: inlay.xds.v3.RetryPolicy.retry_back_off:type_name -> inlay.xds.v3.RetryBackOff
-	71,  // 55: inlay.xds.v3.RetryBackOff.base_interval:type_name -> google.protobuf.Duration
-	71,  // 56: inlay.xds.v3.RetryBackOff.max_interval:type_name -> google.protobuf.Duration
-	46,  // 57: inlay.xds.v3.Cluster.eds_cluster_config:type_name -> inlay.xds.v3.EdsClusterConfig
-	71,  // 58: inlay.xds.v3.Cluster.connect_timeout:type_name -> google.protobuf.Duration
-	1,   // 59: inlay.xds.v3.Cluster.lb_policy:type_name -> inlay.xds.v3.LbPolicy
-	48,  // 60: inlay.xds.v3.Cluster.circuit_breakers:type_name -> inlay.xds.v3.CircuitBreakers
-	67,  // 61: inlay.xds.v3.Cluster.typed_extension_protocol_options:type_name -> inlay.xds.v3.Cluster.TypedExtensionProtocolOptionsEntry
-	19,  // 62: inlay.xds.v3.Cluster.transport_socket:type_name -> inlay.xds.v3.TransportSocket
-	47,  // 63: inlay.xds.v3.Cluster.transport_socket_matches:type_name -> inlay.xds.v3.TransportSocketMatch
-	13,  // 64: inlay.xds.v3.Cluster.metadata:type_name -> inlay.xds.v3.Metadata
-	0,   // 65: inlay.xds.v3.Cluster.type:type_name -> inlay.xds.v3.DiscoveryType
-	16,  // 66: inlay.xds.v3.EdsClusterConfig.eds_config:type_name -> inlay.xds.v3.ConfigSource
-	70,  // 67: inlay.xds.v3.TransportSocketMatch.match:type_name -> google.protobuf.Struct
-	19,  // 68: inlay.xds.v3.TransportSocketMatch.transport_socket:type_name -> inlay.xds.v3.TransportSocket
-	49,  // 69: inlay.xds.v3.CircuitBreakers.thresholds:type_name -> inlay.xds.v3.Thresholds
-	4,   // 70: inlay.xds.v3.Thresholds.priority:type_name -> inlay.xds.v3.RoutingPriority
-	72,  // 71: inlay.xds.v3.Thresholds.max_requests:type_name -> google.protobuf.UInt32Value
-	50,  // 72: inlay.xds.v3.Thresholds.retry_budget:type_name -> inlay.xds.v3.RetryBudget
-	51,  // 73: inlay.xds.v3.RetryBudget.budget_percent:type_name -> inlay.xds.v3.Percent
-	72,  // 74: inlay.xds.v3.RetryBudget.min_retry_concurrency:type_name -> google.protobuf.UInt32Value
-	20,  // 75: inlay.xds.v3.UpstreamHttpProtocolOptions.common_http_protocol_options:type_name -> inlay.xds.v3.HttpProtocolOptions
-	53,  // 76: inlay.xds.v3.UpstreamHttpProtocolOptions.explicit_http_config:type_name -> inlay.xds.v3.ExplicitHttpConfig
-	21,  // 77: inlay.xds.v3.ExplicitHttpConfig.http_protocol_options:type_name -> inlay.xds.v3.Http1ProtocolOptions
-	22,  // 78: inlay.xds.v3.ExplicitHttpConfig.http2_protocol_options:type_name -> inlay.xds.v3.Http2ProtocolOptions
-	55,  // 79: inlay.xds.v3.ClusterLoadAssignment.endpoints:type_name -> inlay.xds.v3.LocalityLbEndpoints
-	12,  // 80: inlay.xds.v3.LocalityLbEndpoints.locality:type_name -> inlay.xds.v3.Locality
-	56,  // 81: inlay.xds.v3.LocalityLbEndpoints.lb_endpoints:type_name -> inlay.xds.v3.LbEndpoint
-	72,  // 82: inlay.xds.v3.LocalityLbEndpoints.load_balancing_weight:type_name -> google.protobuf.UInt32Value
-	3,   // 83: inlay.xds.v3.LbEndpoint.health_status:type_name -> inlay.xds.v3.HealthStatus
-	13,  // 84: inlay.xds.v3.LbEndpoint.metadata:type_name -> inlay.xds.v3.Metadata
-	72,  // 85: inlay.xds.v3.LbEndpoint.load_balancing_weight:type_name -> google.protobuf.UInt32Value
-	57,  // 86: inlay.xds.v3.LbEndpoint.endpoint:type_name -> inlay.xds.v3.Endpoint
-	14,  // 87: inlay.xds.v3.Endpoint.address:type_name -> inlay.xds.v3.Address
-	58,  // 88: inlay.xds.v3.Endpoint.additional_addresses:type_name -> inlay.xds.v3.AdditionalAddress
-	14,  // 89: inlay.xds.v3.AdditionalAddress.address:type_name -> inlay.xds.v3.Address
-	61,  // 90: inlay.xds.v3.UpstreamTlsContext.common_tls_context:type_name -> inlay.xds.v3.CommonTlsContext
-	61,  // 91: inlay.xds.v3.DownstreamTlsContext.common_tls_context:type_name -> inlay.xds.v3.CommonTlsContext
-	73,  // 92: inlay.xds.v3.DownstreamTlsContext.require_client_certificate:type_name -> google.protobuf.BoolValue
-	62,  // 93: inlay.xds.v3.CommonTlsContext.tls_certificate_provider_instance:type_name -> inlay.xds.v3.CertificateProviderPluginInstance
-	63,  // 94: inlay.xds.v3.CommonTlsContext.validation_context:type_name -> inlay.xds.v3.CertificateValidationContext
-	62,  // 95: inlay.xds.v3.CertificateValidationContext.ca_certificate_provider_instance:type_name -> inlay.xds.v3.CertificateProviderPluginInstance
-	37,  // 96: inlay.xds.v3.CertificateValidationContext.match_subject_alt_names:type_name -> inlay.xds.v3.StringMatcher
-	70,  // 97: inlay.xds.v3.Metadata.FilterMetadataEntry.value:type_name -> google.protobuf.Struct
-	69,  // 98: inlay.xds.v3.Metadata.TypedFilterMetadataEntry.value:type_name -> google.protobuf.Any
-	69,  // 99: inlay.xds.v3.Cluster.TypedExtensionProtocolOptionsEntry.value:type_name -> google.protobuf.Any
-	100, // [100:100] is the sub-list for method output_type
-	100, // [100:100] is the sub-list for method input_type
-	100, // [100:100] is the sub-list for extension type_name
-	100, // [100:100] is the sub-list for extension extendee
-	0,   // [0:100] is the sub-list for field type_name
+	37,  // 42: inlay.xds.v3.RouteMatch.safe_regex:type_name -> inlay.xds.v3.RegexMatcher
+	38,  // 43: inlay.xds.v3.HeaderMatcher.string_match:type_name -> inlay.xds.v3.StringMatcher
+	72,  // 44: inlay.xds.v3.RouteAction.timeout:type_name -> google.protobuf.Duration
+	72,  // 45: inlay.xds.v3.RouteAction.idle_timeout:type_name -> google.protobuf.Duration
+	44,  // 46: inlay.xds.v3.RouteAction.retry_policy:type_name -> inlay.xds.v3.RetryPolicy
+	41,  // 47: inlay.xds.v3.RouteAction.max_stream_duration:type_name -> inlay.xds.v3.MaxStreamDuration
+	42,  // 48: inlay.xds.v3.RouteAction.weighted_clusters:type_name -> inlay.xds.v3.WeightedCluster
+	72,  // 49: inlay.xds.v3.MaxStreamDuration.max_stream_duration:type_name -> google.protobuf.Duration
+	72,  // 50: inlay.xds.v3.MaxStreamDuration.grpc_timeout_header_max:type_name -> google.protobuf.Duration
+	43,  // 51: inlay.xds.v3.WeightedCluster.clusters:type_name -> inlay.xds.v3.ClusterWeight
+	73,  // 52: inlay.xds.v3.ClusterWeight.weight:type_name -> google.protobuf.UInt32Value
+	73,  // 53: inlay.xds.v3.RetryPolicy.num_retries:type_name -> google.protobuf.UInt32Value
+	72,  // 54: inlay.xds.v3.RetryPolicy.per_try_timeout:type_name -> google.protobuf.Duration
+	45,  // 55: inlay.xds.v3.RetryPolicy.retry_back_off:type_name -> inlay.xds.v3.RetryBackOff
+	72,  // 56: inlay.xds.v3.RetryBackOff.base_interval:type_name -> google.protobuf.Duration
+	72,  // 57: inlay.xds.v3.RetryBackOff.max_interval:type_name -> google.protobuf.Duration
+	47,  // 58: inlay.xds.v3.Cluster.eds_cluster_config:type_name -> inlay.xds.v3.EdsClusterConfig
+	72,  // 59: inlay.xds.v3.Cluster.connect_timeout:type_name -> google.protobuf.Duration
+	1,   // 60: inlay.xds.v3.Cluster.lb_policy:type_name -> inlay.xds.v3.LbPolicy
+	49,  // 61: inlay.xds.v3.Cluster.circuit_breakers:type_name -> inlay.xds.v3.CircuitBreakers
+	68,  // 62: inlay.xds.v3.Cluster.typed_extension_protocol_options:type_name -> inlay.xds.v3.Cluster.TypedExtensionProtocolOptionsEntry
+	19,  // 63: inlay.xds.v3.Cluster.transport_socket:type_name -> inlay.xds.v3.TransportSocket
+	48,  // 64: inlay.xds.v3.Cluster.transport_socket_matches:type_name -> inlay.xds.v3.TransportSocketMatch
+	13,  // 65: inlay.xds.v3.Cluster.metadata:type_name -> inlay.xds.v3.Metadata
+	0,   // 66: inlay.xds.v3.Cluster.type:type_name -> inlay.xds.v3.DiscoveryType
+	16,  // 67: inlay.xds.v3.EdsClusterConfig.eds_config:type_name -> inlay.xds.v3.ConfigSource
+	71,  // 68: inlay.xds.v3.TransportSocketMatch.match:type_name -> google.protobuf.Struct
+	19,  // 69: inlay.xds.v3.TransportSocketMatch.transport_socket:type_name -> inlay.xds.v3.TransportSocket
+	50,  // 70: inlay.xds.v3.CircuitBreakers.thresholds:type_name -> inlay.xds.v3.Thresholds
+	4,   // 71: inlay.xds.v3.Thresholds.priority:type_name -> inlay.xds.v3.RoutingPriority
+	73,  // 72: inlay.xds.v3.Thresholds.max_requests:type_name -> google.protobuf.UInt32Value
+	51,  // 73: inlay.xds.v3.Thresholds.retry_budget:type_name -> inlay.xds.v3.RetryBudget
+	52,  // 74: inlay.xds.v3.RetryBudget.budget_percent:type_name -> inlay.xds.v3.Percent
+	73,  // 75: inlay.xds.v3.RetryBudget.min_retry_concurrency:type_name -> google.protobuf.UInt32Value
+	20,  // 76: inlay.xds.v3.UpstreamHttpProtocolOptions.common_http_protocol_options:type_name -> inlay.xds.v3.HttpProtocolOptions
+	54,  // 77: inlay.xds.v3.UpstreamHttpProtocolOptions.explicit_http_config:type_name -> inlay.xds.v3.ExplicitHttpConfig
+	21,  // 78: inlay.xds.v3.ExplicitHttpConfig.http_protocol_options:type_name -> inlay.xds.v3.Http1ProtocolOptions
+	22,  // 79: inlay.xds.v3.ExplicitHttpConfig.http2_protocol_options:type_name -> inlay.xds.v3.Http2ProtocolOptions
+	56,  // 80: inlay.xds.v3.ClusterLoadAssignment.endpoints:type_name -> inlay.xds.v3.LocalityLbEndpoints
+	12,  // 81: inlay.xds.v3.LocalityLbEndpoints.locality:type_name -> inlay.xds.v3.Locality
+	57,  // 82: inlay.xds.v3.LocalityLbEndpoints.lb_endpoints:type_name -> inlay.xds.v3.LbEndpoint
+	73,  // 83: inlay.xds.v3.LocalityLbEndpoints.load_balancing_weight:type_name -> google.protobuf.UInt32Value
+	3,   // 84: inlay.xds.v3.LbEndpoint.health_status:type_name -> inlay.xds.v3.HealthStatus
+	13,  // 85: inlay.xds.v3.LbEndpoint.metadata:type_name -> inlay.xds.v3.Metadata
+	73,  // 86: inlay.xds.v3.LbEndpoint.load_balancing_weight:type_name -> google.protobuf.UInt32Value
+	58,  // 87: inlay.xds.v3.LbEndpoint.endpoint:type_name -> inlay.xds.v3.Endpoint
+	14,  // 88: inlay.xds.v3.Endpoint.address:type_name -> inlay.xds.v3.Address
+	59,  // 89: inlay.xds.v3.Endpoint.additional_addresses:type_name -> inlay.xds.v3.AdditionalAddress
+	14,  // 90: inlay.xds.v3.AdditionalAddress.address:type_name -> inlay.xds.v3.Address
+	62,  // 91: inlay.xds.v3.UpstreamTlsContext.common_tls_context:type_name -> inlay.xds.v3.CommonTlsContext
+	62,  // 92: inlay.xds.v3.DownstreamTlsContext.common_tls_context:type_name -> inlay.xds.v3.CommonTlsContext
+	74,  // 93: inlay.xds.v3.DownstreamTlsContext.require_client_certificate:type_name -> google.protobuf.BoolValue
+	63,  // 94: inlay.xds.v3.CommonTlsContext.tls_certificate_provider_instance:type_name -> inlay.xds.v3.CertificateProviderPluginInstance
+	64,  // 95: inlay.xds.v3.CommonTlsContext.validation_context:type_name -> inlay.xds.v3.CertificateValidationContext
+	63,  // 96: inlay.xds.v3.CertificateValidationContext.ca_certificate_provider_instance:type_name -> inlay.xds.v3.CertificateProviderPluginInstance
+	38,  // 97: inlay.xds.v3.CertificateValidationContext.match_subject_alt_names:type_name -> inlay.xds.v3.StringMatcher
+	71,  // 98: inlay.xds.v3.Metadata.FilterMetadataEntry.value:type_name -> google.protobuf.Struct
+	70,  // 99: inlay.xds.v3.Metadata.TypedFilterMetadataEntry.value:type_name -> google.protobuf.Any
+	70,  // 100: inlay.xds.v3.Cluster.TypedExtensionProtocolOptionsEntry.value:type_name -> google.protobuf.Any
+	101, // [101:101] is the sub-list for method output_type
+	101, // [101:101] is the sub-list for method input_type
+	101, // [101:101] is the sub-list for extension type_name
+	101, // [101:101] is the sub-list for extension extendee
+	0,   // [0:101] is the sub-list for field type_name
 }
 
 func init() { file_inlay_xds_v3_xds_proto_init() }
@@ -4729,32 +4797,33 @@ func file_inlay_xds_v3_xds_proto_init() {
 	file_inlay_xds_v3_xds_proto_msgTypes[29].OneofWrappers = []any{
 		(*RouteMatch_Prefix)(nil),
 		(*RouteMatch_Path)(nil),
+		(*RouteMatch_SafeRegex)(nil),
 		(*RouteMatch_PathSeparatedPrefix)(nil),
 	}
 	file_inlay_xds_v3_xds_proto_msgTypes[30].OneofWrappers = []any{
 		(*HeaderMatcher_StringMatch)(nil),
 	}
-	file_inlay_xds_v3_xds_proto_msgTypes[31].OneofWrappers = []any{
+	file_inlay_xds_v3_xds_proto_msgTypes[32].OneofWrappers = []any{
 		(*StringMatcher_Exact)(nil),
 	}
-	file_inlay_xds_v3_xds_proto_msgTypes[33].OneofWrappers = []any{
+	file_inlay_xds_v3_xds_proto_msgTypes[34].OneofWrappers = []any{
 		(*RouteAction_Cluster)(nil),
 		(*RouteAction_WeightedClusters)(nil),
 	}
-	file_inlay_xds_v3_xds_proto_msgTypes[39].OneofWrappers = []any{
+	file_inlay_xds_v3_xds_proto_msgTypes[40].OneofWrappers = []any{
 		(*Cluster_Type)(nil),
 	}
-	file_inlay_xds_v3_xds_proto_msgTypes[46].OneofWrappers = []any{
+	file_inlay_xds_v3_xds_proto_msgTypes[47].OneofWrappers = []any{
 		(*UpstreamHttpProtocolOptions_ExplicitHttpConfig)(nil),
 	}
-	file_inlay_xds_v3_xds_proto_msgTypes[47].OneofWrappers = []any{
+	file_inlay_xds_v3_xds_proto_msgTypes[48].OneofWrappers = []any{
 		(*ExplicitHttpConfig_HttpProtocolOptions)(nil),
 		(*ExplicitHttpConfig_Http2ProtocolOptions)(nil),
 	}
-	file_inlay_xds_v3_xds_proto_msgTypes[50].OneofWrappers = []any{
+	file_inlay_xds_v3_xds_proto_msgTypes[51].OneofWrappers = []any{
 		(*LbEndpoint_Endpoint)(nil),
 	}
-	file_inlay_xds_v3_xds_proto_msgTypes[55].OneofWrappers = []any{
+	file_inlay_xds_v3_xds_proto_msgTypes[56].OneofWrappers = []any{
 		(*CommonTlsContext_ValidationContext)(nil),
 	}
 	type x struct{}
@@ -4763,7 +4832,7 @@ func file_inlay_xds_v3_xds_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_inlay_xds_v3_xds_proto_rawDesc), len(file_inlay_xds_v3_xds_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   62,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -27,8 +27,8 @@ const (
 // ClusterPolicy stands in Cluster.metadata.typed_filter_metadata["inlay.dev"].
 type ClusterPolicy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// retry_min_per_second is how many retries each second the budget always allows.
-	RetryMinPerSecond uint32 `protobuf:"varint,1,opt,name=retry_min_per_second,json=retryMinPerSecond,proto3" json:"retry_min_per_second,omitempty"`
+	// retry_min_per_second is how many retries each second the budget always allows; absent means 3.
+	RetryMinPerSecond *uint32 `protobuf:"varint,1,opt,name=retry_min_per_second,json=retryMinPerSecond,proto3,oneof" json:"retry_min_per_second,omitempty"`
 	// empty_reason says why a cluster has no endpoints by configuration
 	// (the service is known to nobody).
 	EmptyReason string `protobuf:"bytes,2,opt,name=empty_reason,json=emptyReason,proto3" json:"empty_reason,omitempty"`
@@ -69,8 +69,8 @@ func (*ClusterPolicy) Descriptor() ([]byte, []int) {
 }
 
 func (x *ClusterPolicy) GetRetryMinPerSecond() uint32 {
-	if x != nil {
-		return x.RetryMinPerSecond
+	if x != nil && x.RetryMinPerSecond != nil {
+		return *x.RetryMinPerSecond
 	}
 	return 0
 }
@@ -93,11 +93,12 @@ var File_inlay_ext_v1_ext_proto protoreflect.FileDescriptor
 
 const file_inlay_ext_v1_ext_proto_rawDesc = "" +
 	"\n" +
-	"\x16inlay/ext/v1/ext.proto\x12\finlay.ext.v1\"\x80\x01\n" +
-	"\rClusterPolicy\x12/\n" +
-	"\x14retry_min_per_second\x18\x01 \x01(\rR\x11retryMinPerSecond\x12!\n" +
+	"\x16inlay/ext/v1/ext.proto\x12\finlay.ext.v1\"\x9e\x01\n" +
+	"\rClusterPolicy\x124\n" +
+	"\x14retry_min_per_second\x18\x01 \x01(\rH\x00R\x11retryMinPerSecond\x88\x01\x01\x12!\n" +
 	"\fempty_reason\x18\x02 \x01(\tR\vemptyReason\x12\x1b\n" +
-	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeIdB.Z,github.com/inlay-mesh/inlay/xds/meshpb/extpbb\x06proto3"
+	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeIdB\x17\n" +
+	"\x15_retry_min_per_secondB.Z,github.com/inlay-mesh/inlay/xds/meshpb/extpbb\x06proto3"
 
 var (
 	file_inlay_ext_v1_ext_proto_rawDescOnce sync.Once
@@ -128,6 +129,7 @@ func file_inlay_ext_v1_ext_proto_init() {
 	if File_inlay_ext_v1_ext_proto != nil {
 		return
 	}
+	file_inlay_ext_v1_ext_proto_msgTypes[0].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

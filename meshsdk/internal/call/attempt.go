@@ -1,0 +1,337 @@
+package call
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"time"
+
+	"github.com/inlay-mesh/inlay/meshsdk/internal/endpoint"
+	"github.com/inlay-mesh/inlay/meshsdk/internal/retry"
+)
+
+// Attempt is one try of a call. It is the context.Context of the try: the call's, with the per-try
+// timeout. The first one lies inside its Call and costs no allocation.
+type Attempt struct {
+	call    *Call
+	ctx     context.Context
+	cancel  context.CancelFunc // nil when there is no per-try timeout
+	expired atomic.Bool        // see Call.expired
+	number  int
+	start   time.Time
+
+	// Guarded by call.mu.
+	endpoint *endpoint.Endpoint // the last one picked
+	holding  bool               // endpoint's State is acquired
+	peer     string
+	mtls     bool
+	took     time.Duration
+	outcome  Reason
+	detail   string
+	closed   bool
+}
+
+// attemptKey finds the attempt in a context that comes from it.
+type attemptKey struct{}
+
+// FromContext gives the attempt that ctx comes from, nil when none: a picker finds out whose call
+// it picks for.
+func FromContext(ctx context.Context) *Attempt {
+	a, _ := ctx.Value(attemptKey{}).(*Attempt)
+	return a
+}
+
+// Next begins an attempt; before a further one it waits the back-off. It fails, with an *Error that
+// the skin hands to End as Result.Err, only when the call's context is done. The attempt is closed
+// by Retry or End.
+func (c *Call) Next() (*Attempt, error) {
+	c.mu.Lock()
+	number := len(c.attempts)
+	if number == 0 {
+		a := &c.first
+		a.start = c.start
+		c.attempts = append(c.attemptsBuf[:0], a)
+		c.open(a)
+		c.mu.Unlock()
+		return a, nil
+	}
+	delay := c.delay
+	c.mu.Unlock()
+	if err := c.sleep(delay); err != nil {
+		return nil, err
+	}
+	a := &Attempt{call: c, number: number, start: c.engine.now()}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// gRFC A44: "each retry attempt will re-pick a subchannel that routes to the upstream cluster from
+	// the most up-to-date picker": an instance that came up meanwhile can be tried.
+	if now, ok := c.engine.view.Load().names[c.name]; ok && c.cluster != nil {
+		if cl := now.service.Clusters[c.cluster.Name]; cl != nil && cl.Err == nil {
+			c.cluster = cl
+		}
+	}
+	c.attempts = append(c.attempts, a)
+	c.open(a)
+	return a, nil
+}
+
+func (c *Call) open(a *Attempt) {
+	a.ctx = c.ctx
+	if c.route != nil && c.route.Retry != nil && c.route.Retry.PerTry > 0 {
+		a.ctx, a.cancel = c.engine.within(c.ctx, c.route.Retry.PerTry, a.start, &a.expired)
+	}
+}
+
+func (c *Call) sleep(d time.Duration) *Error {
+	if d > 0 && c.ctx.Err() == nil {
+		woken := make(chan struct{})
+		stop := c.engine.clock.AfterFunc(d, func() { close(woken) })
+		select {
+		case <-woken:
+		case <-c.ctx.Done():
+			stop()
+		}
+	}
+	if c.Err() == nil {
+		return nil
+	}
+	reason := ReasonTimeout
+	if errors.Is(c.Err(), context.Canceled) {
+		reason = ReasonCancelled
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.newError(reason, Result{Err: context.Cause(c.ctx), Detail: "while waiting to try again"})
+}
+
+// Call that the attempt belongs to.
+func (a *Attempt) Call() *Call { return a.call }
+
+// Number counts from 0.
+func (a *Attempt) Number() int { return a.number }
+
+// Deadline, Done, Err and Value make an Attempt the context of its try.
+func (a *Attempt) Deadline() (time.Time, bool) { return a.ctx.Deadline() }
+
+// Done is closed when the attempt must end.
+func (a *Attempt) Done() <-chan struct{} { return a.ctx.Done() }
+
+// Err says why Done is closed.
+func (a *Attempt) Err() error {
+	if a.expired.Load() || a.call.expired.Load() {
+		return context.DeadlineExceeded
+	}
+	return a.ctx.Err()
+}
+
+// Value gives the values of the call's context, and the attempt itself to FromContext.
+func (a *Attempt) Value(key any) any {
+	if _, ok := key.(attemptKey); ok {
+		return a
+	}
+	return a.ctx.Value(key)
+}
+
+// Tried are the endpoints that the call has picked before; read only, for balance.Set.Pick.
+func (a *Attempt) Tried() []*endpoint.Endpoint {
+	c := a.call
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.tried
+}
+
+// Picked counts ep as the attempt's endpoint and acquires its State until Release, another Picked
+// or the end of the attempt. gRPC picks again within one attempt when it retries transparently.
+func (a *Attempt) Picked(ep *endpoint.Endpoint) {
+	c := a.call
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a.release()
+	if a.closed {
+		return // a pick that came back after the call had given up
+	}
+	a.endpoint, a.holding = ep, true
+	ep.State.Acquire()
+	if n := len(c.tried); n == 0 || c.tried[n-1] != ep {
+		if c.tried == nil {
+			c.tried = c.triedBuf[:0]
+		}
+		c.tried = append(c.tried, ep)
+	}
+}
+
+// Release ends the attempt's claim on the endpoint that was picked; further calls do nothing.
+func (a *Attempt) Release() {
+	a.call.mu.Lock()
+	defer a.call.mu.Unlock()
+	a.release()
+}
+
+func (a *Attempt) release() {
+	if a.holding {
+		a.holding = false
+		a.endpoint.State.Release()
+	}
+}
+
+// Connected notes who is at the other end: its SPIFFE ID, or "plaintext", and whether both ends
+// proved theirs.
+func (a *Attempt) Connected(peer string, mtls bool) {
+	a.call.mu.Lock()
+	defer a.call.mu.Unlock()
+	a.peer, a.mtls = peer, mtls
+}
+
+// close ends the attempt; c.mu is held.
+func (a *Attempt) close(r Result, at time.Time) {
+	if a.closed {
+		return
+	}
+	a.closed = true
+	a.release()
+	a.took = at.Sub(a.start)
+	a.outcome, a.detail = r.Reason, r.Detail
+	if a.cancel != nil {
+		a.cancel()
+	}
+}
+
+// Bounds of the retries that no policy asks for.
+const (
+	// maxUnsent: work that never left may go to another endpoint, up to so many times.
+	maxUnsent = 3
+	// maxRefused: gRFC A6, transparent retries: what the server refused without processing it is
+	// sent again once.
+	maxRefused = 1
+)
+
+// Retry closes the attempt and reports whether Next may be called for another one. False leaves the
+// call to End, with the same Result.
+//
+// Without a policy only work that certainly was not processed is repeated: what never left goes to
+// another endpoint while there is one (at most 3 times), what the server refused is sent again once
+// (gRFC A6 calls these transparent). With a policy that names the failure, up to its Attempts, when
+// the request is idempotent or certainly was not processed and the cluster's budget has room. A
+// committed response is final.
+func (c *Call) Retry(r Result) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.attempts) == 0 || c.ended {
+		return false
+	}
+	a := c.attempts[len(c.attempts)-1]
+	if r.Reason == "" {
+		r.Reason = ReasonOK
+	}
+	r.Reason = c.classify(a, r)
+	at := c.engine.now()
+	a.close(r, at)
+	if r.Reason == ReasonOK || r.Committed || c.Err() != nil || c.external || c.route == nil {
+		return false
+	}
+	untouched := r.Unsent || r.Refused || r.Reason == ReasonConnectFailed || r.Reason == ReasonNoEndpoint
+	failure := retry.Failure{
+		Connect:    r.Reason == ReasonConnectFailed || r.Reason == ReasonNoEndpoint,
+		Refused:    r.Refused,
+		NoAnswer:   r.Reason == ReasonReset,
+		PerTry:     r.Reason == ReasonPerTryTimeout,
+		HTTPStatus: r.HTTPStatus,
+		GRPCCode:   -1,
+	}
+	if c.req.GRPC {
+		failure.GRPCCode, failure.HTTPStatus = r.GRPCCode, 0
+	}
+	p := c.route.Retry
+	if !p.Matches(failure) {
+		switch {
+		case !untouched:
+			return false
+		case r.Refused && c.transparent >= maxRefused, c.transparent >= maxUnsent, !r.Refused && !c.another():
+			return false
+		}
+		c.transparent++
+		c.delay = 0
+		return true
+	}
+	switch {
+	case !untouched && !c.req.Idempotent:
+		c.notes = append(c.notes, c.req.Method+" is not repeated: it may have been processed and is not idempotent")
+		return false
+	case c.retries >= int(p.Attempts):
+		c.stop = ReasonRetryExhausted
+		return false
+	}
+	delay := p.Backoff.Delay(c.retries, c.engine.cfg.Rand())
+	if end, ok := c.ctx.Deadline(); ok && !at.Add(delay).Before(end) {
+		// The next attempt would begin after the deadline: the failure at hand says more than a
+		// timeout would.
+		c.notes = append(c.notes, "no time left for another attempt")
+		return false
+	}
+	if !c.cluster.Budget.Take(at) {
+		c.stop = ReasonRetryBudget
+		c.notes = append(c.notes, "retry budget of cluster "+c.cluster.Name+" is spent")
+		return false
+	}
+	c.retries++
+	c.delay = delay
+	return true
+}
+
+// another reports whether the cluster has an endpoint that was not tried.
+func (c *Call) another() bool {
+	if c.cluster == nil {
+		return false
+	}
+	for _, ep := range c.cluster.Set.Endpoints() {
+		fresh := true
+		for _, t := range c.tried {
+			if t.Key == ep.Key {
+				fresh = false
+				break
+			}
+		}
+		if fresh {
+			return true
+		}
+	}
+	return false
+}
+
+// classify says what lies behind a failure that a deadline of ours may have caused: gRPC and
+// net/http report it as a cancelled or broken call, and a server that was told of it by grpc-timeout
+// may answer with DEADLINE_EXCEEDED before this end has noticed.
+func (c *Call) classify(a *Attempt, r Result) Reason {
+	switch r.Reason {
+	case ReasonCancelled, ReasonTimeout, ReasonPerTryTimeout, ReasonReset:
+	case ReasonUpstreamStatus:
+		if !c.req.GRPC || r.GRPCCode != codeDeadlineExceeded {
+			return r.Reason
+		}
+	default:
+		return r.Reason
+	}
+	open := a != nil && !a.closed
+	switch err := c.Err(); {
+	case errors.Is(err, context.DeadlineExceeded) || r.Reason == ReasonUpstreamStatus && c.past(c.ctx):
+		return ReasonTimeout
+	case err != nil:
+		return ReasonCancelled
+	case open && !r.Committed && a.cancel != nil &&
+		(errors.Is(a.Err(), context.DeadlineExceeded) || r.Reason == ReasonUpstreamStatus && c.past(a.ctx)):
+		// Once the answer has begun a skin lets it go on, and the attempt's time says nothing.
+		return ReasonPerTryTimeout
+	case a != nil && a.closed && a.outcome != "":
+		return a.outcome // as Retry found it
+	}
+	return r.Reason
+}
+
+// past reports whether the deadline of ctx has been reached, be its timer late or not.
+func (c *Call) past(ctx context.Context) bool {
+	end, ok := ctx.Deadline()
+	return ok && !c.engine.now().Before(end)
+}
+
+// codeDeadlineExceeded is the gRPC status of that name.
+const codeDeadlineExceeded = 4
