@@ -171,8 +171,8 @@ func (serverCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo
 		return raw, plaintextInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}, nil
 	}
 	state := t.ConnectionState()
-	// RFC 9113, section 3.3: "Implementations that support HTTP/2 over TLS MUST use protocol
-	// negotiation in TLS".
+	// HTTP/2 over TLS is negotiated by ALPN (RFC 9113, section 3.2); without it the client would
+	// speak something else after this.
 	if p := state.NegotiatedProtocol; p != "h2" {
 		return nil, nil, fmt.Errorf("client negotiated ALPN %q: want h2, which gRPC speaks", p)
 	}

@@ -4,8 +4,8 @@ package tcpmesh
 // is. A server of the mesh knows that from the connection, so both skins take them off what comes
 // in: a handler that believes one of them would believe anybody.
 //
-// x-forwarded-client-cert is Envoy's; client-cert and client-cert-chain are RFC 9440, whose section
-// 2.4 says that a proxy "MUST sanitize any incoming request".
+// x-forwarded-client-cert is Envoy's; client-cert and client-cert-chain are RFC 9440's, which asks
+// of whoever ends TLS to remove those that a client sent.
 var IdentityHeaders = []string{
 	"x-forwarded-client-cert",
 	"client-cert",

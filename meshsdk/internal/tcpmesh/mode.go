@@ -55,23 +55,23 @@ func ModeOf(cfg *graph.Config) (Mode, error) {
 }
 
 // choose returns the chain for a transport protocol, nil when there is none. Envoy, listener.proto,
-// FilterChainMatch: "the filter chain with the most specific match criteria is used", and of
-// default_filter_chain: "The default filter chain if none of the filter chain matches. If no
-// default filter chain is supplied, the connection will be closed."
+// filter_chains: "The FilterChain with the most specific FilterChainMatch criteria is used on a
+// connection", and default_filter_chain: "The default filter chain if none of the filter chain
+// matches. If no default filter chain is supplied, the connection will be closed."
 func choose(l *resource.Listener, transport string) *resource.Chain {
-	var any *resource.Chain
+	var other *resource.Chain // one for any transport
 	for i := range l.Chains {
 		switch c := &l.Chains[i]; c.TransportProtocol {
 		case transport:
 			return c
 		case "":
-			if any == nil {
-				any = c
+			if other == nil {
+				other = c
 			}
 		}
 	}
-	if any != nil {
-		return any
+	if other != nil {
+		return other
 	}
 	return l.Default
 }
