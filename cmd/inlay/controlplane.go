@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/inlay-mesh/inlay/controlplane"
+	"github.com/inlay-mesh/inlay/xds"
+)
+
+func controlplaneCommand() *cobra.Command {
+	var f devFlags
+	var readyFD int
+	log := logFlags{}
+	cmd := &cobra.Command{
+		Use:   "controlplane",
+		Short: "Turn YAML into xDS, keep the registry, sign identities",
+		Long: `Run the control plane in the foreground. ` + "`inlay dev`" + ` starts one of these and one node; run it by
+itself where a service manager does the watching.`,
+		Example: "  inlay controlplane --config /etc/inlay/mesh --data /var/lib/inlay",
+		Args:    exactly(),
+		RunE: func(c *cobra.Command, _ []string) error {
+			p, err := placesAt(f.runDir)
+			if err != nil {
+				return err
+			}
+			if f.data == "" {
+				if f.data, err = defaultData(); err != nil {
+					return err
+				}
+			}
+			cp, err := controlplane.New(controlplane.Config{
+				ConfigDir: f.config, DataDir: f.data, RunDir: p.run, TrustDomain: f.trustDomain,
+				Plaintext: f.xdsAddr, MTLS: f.xdsMTLSAddr, Admin: f.adminAddr,
+				UnixSocket: p.xdsSocket(), NodeSocket: p.nodeSocket(), SVIDTTL: f.svidTTL,
+				Version: versionText(), EncodeSnapshot: encodeSnapshot,
+				Log: log.logger(c.ErrOrStderr()).With("daemon", "controlplane"),
+			})
+			if err != nil {
+				return err
+			}
+			return runControlPlane(c.Context(), cp, readyFD)
+		},
+	}
+	cmd.Flags().StringVar(&f.config, "config", "", "directory of YAML files, read recursively; empty: registered services only")
+	cmd.Flags().StringVar(&f.data, "data", "", "directory of what outlives a restart (default $XDG_DATA_HOME/inlay, else ~/.local/share/inlay)")
+	cmd.Flags().StringVar(&f.runDir, "run-dir", "", "directory of sockets (default $XDG_RUNTIME_DIR/inlay, else ~/.inlay/run)")
+	cmd.Flags().StringVar(&f.trustDomain, "trust-domain", "inlay.local", "SPIFFE trust domain")
+	cmd.Flags().StringVar(&f.xdsAddr, "xds-addr", "", "plaintext xDS, loopback and development only, as 127.0.0.1:15010; empty: off")
+	cmd.Flags().StringVar(&f.xdsMTLSAddr, "xds-mtls-addr", ":15012", "xDS with mutual TLS; empty: off")
+	cmd.Flags().StringVar(&f.adminAddr, "admin-addr", "127.0.0.1:15080", "admin API, loopback only")
+	cmd.Flags().DurationVar(&f.svidTTL, "svid-ttl", time.Hour, "lifetime of certificates")
+	cmd.Flags().IntVar(&readyFD, "ready-fd", 0, "descriptor to write one line of JSON to when ready")
+	_ = cmd.Flags().MarkHidden("ready-fd")
+	log.flags(cmd)
+	return cmd
+}
+
+// runControlPlane runs until ctx is done or a part of it ends by itself.
+func runControlPlane(ctx context.Context, cp *controlplane.ControlPlane, readyFD int) error {
+	if err := cp.Start(ctx); err != nil {
+		return err
+	}
+	// Not Ready: with a configuration that is refused at the first start it serves no revision yet,
+	// but it runs, and says so to whoever asks.
+	err := tellReady(readyFD, cp.Addresses())
+	if err == nil {
+		select {
+		case <-cp.Failed():
+			err = cp.Err()
+		case <-ctx.Done():
+		}
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	return errors.Join(err, cp.Stop(stop))
+}
+
+// encodeSnapshot writes resources in the format of the SDK's cache, which only this module and
+// the SDK know.
+func encodeSnapshot(s controlplane.Snapshot) ([]byte, error) {
+	all := make([]xds.RawResource, len(s.Resources))
+	for i, r := range s.Resources {
+		all[i] = rawResource(r)
+	}
+	return xds.EncodeSnapshot(all, xds.Meta{
+		TrustDomain: s.TrustDomain, SPIFFEID: s.SPIFFEID, Revision: s.Revision, Namespaces: s.Namespaces, Written: s.Written,
+	}), nil
+}

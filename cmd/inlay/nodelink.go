@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/inlay-mesh/inlay/xds/meshpb/nodepb"
+)
+
+// nodeLink is one run's registration at the node: a stream that is opened again when the node
+// comes back, with the same run id, and says again what it had said.
+type nodeLink struct {
+	socket string
+	reg    registration
+
+	mu        sync.Mutex
+	conn      *grpc.ClientConn
+	stream    grpc.BidiStreamingClient[nodepb.RunRequest, nodepb.RunResponse]
+	announced bool          // Listening was said and not taken back
+	drained   chan struct{} // not nil while a drain waits
+}
+
+func newNodeLink(socket string, reg registration) *nodeLink {
+	return &nodeLink{socket: socket, reg: reg}
+}
+
+// start registers, and fails with a remedy when no node answers: a program without its identity
+// would only fail later and darker.
+func (l *nodeLink) start(ctx context.Context) (*nodepb.Started, error) {
+	if _, err := os.Stat(l.socket); err != nil {
+		return nil, &exitError{exitAbsent, fmt.Errorf("no node runs here (%s does not exist): start one with `inlay dev`, or pass its --run-dir", l.socket)}
+	}
+	conn, err := grpc.NewClient("passthrough:///node", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", l.socket)
+		}))
+	if err != nil {
+		return nil, fmt.Errorf("node: %w", err)
+	}
+	l.conn = conn
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	started, err := l.open(ctx)
+	if err != nil {
+		_ = conn.Close()
+		switch s := status.Convert(err); s.Code() {
+		case codes.Unavailable:
+			return nil, &exitError{exitAbsent, fmt.Errorf("no node answers at %s: %s; start one with `inlay dev`", l.socket, s.Message())}
+		default:
+			return nil, fmt.Errorf("the node refused service %q: %s", l.reg.service, s.Message())
+		}
+	}
+	return started, nil
+}
+
+// open opens the stream and says everything again. ctx bounds the opening, not the stream.
+func (l *nodeLink) open(ctx context.Context) (*nodepb.Started, error) {
+	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, cancel)
+	defer stop()
+	stream, err := nodepb.NewNodeClient(l.conn).Run(streamCtx)
+	if err == nil {
+		err = stream.Send(&nodepb.RunRequest{Kind: &nodepb.RunRequest_Start{Start: &nodepb.Start{
+			Namespace: l.reg.namespace, Service: l.reg.service, Version: l.reg.version, Labels: l.reg.labels, RunId: l.reg.runID,
+		}}})
+	}
+	if err != nil && stream == nil {
+		cancel()
+		return nil, err
+	}
+	resp, err := stream.Recv() // after a failed Send, Recv has the status
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	started := resp.GetStarted()
+	if started == nil {
+		cancel()
+		return nil, errors.New("the node's first answer is not `started`: is it of another version?")
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stream = stream
+	if l.announced {
+		err = stream.Send(l.listening())
+	}
+	return started, err
+}
+
+func (l *nodeLink) listening() *nodepb.RunRequest {
+	return &nodepb.RunRequest{Kind: &nodepb.RunRequest_Listening{Listening: &nodepb.Listening{
+		Port: uint32(l.reg.port), Address: l.reg.local.String(),
+	}}}
+}
+
+// keep reads the stream until ctx is done, and opens it again when the node went away.
+func (l *nodeLink) keep(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() { _ = l.conn.Close() })
+	defer stop()
+	for ctx.Err() == nil {
+		err := l.receive()
+		if ctx.Err() != nil {
+			return
+		}
+		say(os.Stderr, "the node went away (%s); registering again until it is back", status.Convert(err).Message())
+		l.endDrain()
+		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait/2 + rand.N(wait)):
+			}
+			bounded, cancel := context.WithTimeout(ctx, 5*time.Second)
+			_, err := l.open(bounded)
+			cancel()
+			if err == nil {
+				say(os.Stderr, "registered again")
+				break
+			}
+		}
+	}
+}
+
+func (l *nodeLink) receive() error {
+	l.mu.Lock()
+	stream := l.stream
+	l.mu.Unlock()
+	for {
+		resp, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		switch k := resp.Kind.(type) {
+		case *nodepb.RunResponse_Registered:
+			switch {
+			case k.Registered.Replaced:
+				say(os.Stderr, "port %d: the program's own SDK has registered and takes this endpoint's place", l.reg.port)
+			case k.Registered.Unreachable != "":
+				say(os.Stderr, "port %d is registered, but nobody will call it: %s", l.reg.port, k.Registered.Unreachable)
+			}
+		case *nodepb.RunResponse_Drained:
+			l.endDrain()
+		}
+	}
+}
+
+// announceWhenListening says where the program serves, once it does.
+func (l *nodeLink) announceWhenListening(ctx context.Context) {
+	if !listening(ctx, l.reg.local) {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.announced = true
+	_ = l.stream.Send(l.listening()) // a broken stream is opened again and says it then
+}
+
+// drain takes the endpoint out of the mesh and waits until every client knows, at most 6 s
+// (the registry itself waits 5).
+func (l *nodeLink) drain(ctx context.Context) {
+	l.mu.Lock()
+	if !l.announced {
+		l.mu.Unlock()
+		return
+	}
+	l.announced = false
+	done := make(chan struct{})
+	l.drained = done
+	err := l.stream.Send(&nodepb.RunRequest{Kind: &nodepb.RunRequest_Stopped{Stopped: &nodepb.Stopped{}}})
+	l.mu.Unlock()
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, 6*time.Second)
+	defer cancel()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+}
+
+func (l *nodeLink) endDrain() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.drained != nil {
+		close(l.drained)
+		l.drained = nil
+	}
+}

@@ -1,0 +1,280 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+)
+
+// runFlags are what `inlay run` was asked for.
+type runFlags struct {
+	target  target
+	service string
+	version string
+	labels  []string
+	port    string
+}
+
+func runCommand() *cobra.Command {
+	var f runFlags
+	cmd := &cobra.Command{
+		Use:                   "run --service NAME [--version V] [--port P] -- COMMAND [ARG...]",
+		DisableFlagsInUseLine: true, // it says them, in their place
+		Short:                 "Run a program as a service of the mesh",
+		Long: `Run a program as a service of the mesh: every process below it gets the service's SPIFFE ID, and
+the environment tells the SDK where the mesh is. No root is needed. With --port a program without
+the SDK becomes an endpoint once it accepts connections there; an SDK that registers below it takes
+its place. Signals are forwarded, and the exit code is the program's own.`,
+		Example: `  inlay run --service cart -- ./cart
+  inlay run --service orders --version v2 -- go run ./cmd/orders
+  inlay run --service legacy --port 8080 -- python3 -m http.server 8080`,
+		RunE: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return usageError(errors.New("no program: write it behind --, as in `inlay run --service cart -- ./cart`"))
+			}
+			return f.run(c.Context(), args)
+		},
+	}
+	cmd.Flags().SetInterspersed(false) // what follows the command is the command's own, with or without --
+	f.target.flags(cmd)
+	_ = cmd.Flags().MarkHidden("admin")
+	cmd.Flags().StringVar(&f.service, "service", "", "NAME or NAME.NAMESPACE of the service")
+	cmd.Flags().StringVar(&f.version, "version", "", "version of this instance: its label \"version\"")
+	cmd.Flags().StringArrayVar(&f.labels, "label", nil, "KEY=VALUE label of this instance; may be repeated")
+	cmd.Flags().StringVar(&f.port, "port", "", "PORT of the service that a program without the SDK serves, or PORT:LOCALPORT")
+	return cmd
+}
+
+// registration is what a run announces to the node, checked.
+type registration struct {
+	namespace, service, version string
+	labels                      map[string]string
+	runID                       string
+	port                        uint16 // of the service; 0: none
+	local                       netip.AddrPort
+}
+
+func (f *runFlags) registration() (registration, error) {
+	r := registration{version: f.version, labels: map[string]string{}}
+	if f.service == "" {
+		return r, usageError(errors.New("--service is missing: which service is this program?"))
+	}
+	var err error
+	if r.namespace, r.service, err = splitService(f.service); err != nil {
+		return r, err
+	}
+	for _, l := range f.labels {
+		k, v, ok := strings.Cut(l, "=")
+		if !ok || k == "" {
+			return r, usageError(fmt.Errorf("--label %q: want KEY=VALUE", l))
+		}
+		r.labels[k] = v
+	}
+	if f.version != "" {
+		r.labels["version"] = f.version
+	}
+	if f.port != "" {
+		service, local, split := strings.Cut(f.port, ":")
+		if !split {
+			local = service
+		}
+		p, err1 := strconv.ParseUint(service, 10, 16)
+		l, err2 := strconv.ParseUint(local, 10, 16)
+		if err1 != nil || err2 != nil || p == 0 || l == 0 {
+			return r, usageError(fmt.Errorf("--port %q: want PORT or PORT:LOCALPORT, each 1 to 65535", f.port))
+		}
+		r.port = uint16(p)
+		r.local = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(l))
+	}
+	id := make([]byte, 8)
+	_, _ = rand.Read(id) // never fails (crypto/rand)
+	r.runID = hex.EncodeToString(id)
+	return r, nil
+}
+
+func (f *runFlags) run(ctx context.Context, args []string) error {
+	reg, err := f.registration()
+	if err != nil {
+		return err
+	}
+	p, err := placesAt(f.target.runDir)
+	if err != nil {
+		return err
+	}
+	path, err := exec.LookPath(args[0])
+	if errors.Is(err, os.ErrPermission) {
+		return &exitError{126, err}
+	} else if err != nil {
+		return &exitError{127, err}
+	}
+	// Orphans of the program become our children, so that walking up from them ends here.
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("child subreaper: %w", err)
+	}
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, forwarded...)
+	defer signal.Stop(signals)
+
+	link := newNodeLink(p.nodeSocket(), reg)
+	started, err := link.start(ctx)
+	if err != nil {
+		return err
+	}
+	linkCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	linkDone := make(chan struct{})
+	go func() { defer close(linkDone); link.keep(linkCtx) }()
+	defer func() { cancel(); <-linkDone }()
+
+	child, err := os.StartProcess(path, args, &os.ProcAttr{
+		Env:   environment(os.Environ(), reg, started.WorkloadSocket, started.ControlPlane),
+		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
+	})
+	if err != nil {
+		return &exitError{126, fmt.Errorf("start %s: %w", args[0], err)}
+	}
+	exited := make(chan syscall.WaitStatus, 1)
+	go reap(child.Pid, exited)
+	if reg.port != 0 {
+		go link.announceWhenListening(linkCtx)
+	}
+	for {
+		select {
+		case s := <-signals:
+			if s == syscall.SIGTERM && reg.port != 0 {
+				link.drain(linkCtx) // first out of everybody's endpoints, then the signal
+			}
+			if shared(s) {
+				continue
+			}
+			_ = child.Signal(s) // it may have ended meanwhile
+		case ws := <-exited:
+			return childExit(ws)
+		}
+	}
+}
+
+// forwarded are the signals a program may expect from whoever runs it.
+var forwarded = []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH}
+
+// shared says that the terminal has already sent s to the program: keys signal the whole
+// foreground process group.
+func shared(s os.Signal) bool {
+	if s != syscall.SIGINT && s != syscall.SIGQUIT && s != syscall.SIGWINCH {
+		return false
+	}
+	if !term.IsTerminal(0) {
+		return false
+	}
+	fg, err := unix.IoctlGetInt(0, unix.TIOCGPGRP)
+	return err == nil && fg == unix.Getpgrp()
+}
+
+// reap waits for every child, adopted ones too, and reports the end of the one started.
+func reap(pid int, exited chan<- syscall.WaitStatus) {
+	for {
+		var ws syscall.WaitStatus
+		got, err := syscall.Wait4(-1, &ws, 0, nil)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case err != nil: // no child is left
+			return
+		case got == pid && (ws.Exited() || ws.Signaled()):
+			exited <- ws
+		}
+	}
+}
+
+func childExit(ws syscall.WaitStatus) error {
+	switch {
+	case ws.Signaled():
+		return &exitError{128 + int(ws.Signal()), nil}
+	case ws.ExitStatus() != 0:
+		return &exitError{ws.ExitStatus(), nil}
+	}
+	return nil
+}
+
+// environment is what the program sees: where its identity and the control plane are, and who it
+// is. What the user set by hand is overridden only where it would contradict --service.
+func environment(base []string, r registration, workloadSocket, controlPlane string) []string {
+	set := map[string]string{
+		"SPIFFE_ENDPOINT_SOCKET": "unix://" + workloadSocket,
+		"INLAY_SERVICE":          r.service + "." + r.namespace,
+		"INLAY_RUN_ID":           r.runID,
+	}
+	if r.namespace == "default" {
+		set["INLAY_SERVICE"] = r.service
+	}
+	if controlPlane != "" && lookup(base, "GRPC_XDS_BOOTSTRAP") == "" && lookup(base, "GRPC_XDS_BOOTSTRAP_CONFIG") == "" {
+		set["INLAY_ADDR"] = controlPlane
+	}
+	if lookup(base, "INLAY_LISTEN") == "" {
+		set["INLAY_LISTEN"] = "127.0.0.1:0"
+	}
+	if len(r.labels) > 0 {
+		var pairs []string
+		for k, v := range r.labels {
+			pairs = append(pairs, k+"="+v)
+		}
+		slices.Sort(pairs)
+		set["INLAY_LABELS"] = strings.Join(pairs, ",")
+	}
+	env := slices.DeleteFunc(slices.Clone(base), func(kv string) bool {
+		k, _, _ := strings.Cut(kv, "=")
+		_, ours := set[k]
+		return ours
+	})
+	for k, v := range set {
+		env = append(env, k+"="+v)
+	}
+	slices.Sort(env)
+	return env
+}
+
+func lookup(env []string, key string) string {
+	for _, kv := range env {
+		if k, v, _ := strings.Cut(kv, "="); k == key {
+			return v
+		}
+	}
+	return ""
+}
+
+// listening waits until something accepts connections at addr; it asks again every 50 ms, since
+// no event tells of another process's listen.
+func listening(ctx context.Context, addr netip.AddrPort) bool {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	d := net.Dialer{Timeout: time.Second}
+	for {
+		if c, err := d.DialContext(ctx, "tcp", addr.String()); err == nil {
+			_ = c.Close()
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		}
+	}
+}
+
+// say writes a line of `inlay run` itself, apart from the program's own output.
+func say(w io.Writer, text string, args ...any) { fmt.Fprintf(w, "inlay run: "+text+"\n", args...) }
