@@ -74,9 +74,10 @@ func (r *runner) stop(ctx context.Context) error {
 	}
 }
 
-// Run runs a node as an fx application until ctx is done, then stops it. The error is that of the
-// node itself.
-func Run(ctx context.Context, cfg Config) error {
+// Run runs a node as an fx application until ctx is done, then stops it. ready is called once both
+// sockets accept connections; its error ends the node. Nil means that nobody waits. The error is
+// that of the node itself.
+func Run(ctx context.Context, cfg Config, ready func(*Node) error) error {
 	log := cfg.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -97,13 +98,22 @@ func Run(ctx context.Context, cfg Config) error {
 		return dig.RootCause(err)
 	}
 	if err := app.Start(ctx); err != nil {
+		if ctx.Err() != nil && errors.Is(err, context.Cause(ctx)) {
+			return nil // told to end before it was ready
+		}
 		return err
 	}
-	select {
-	case <-ctx.Done():
-	case <-app.Wait():
+	var err error
+	if ready != nil {
+		err = ready(r.node)
+	}
+	if err == nil {
+		select {
+		case <-ctx.Done():
+		case <-app.Wait():
+		}
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
-	return app.Stop(stop)
+	return errors.Join(err, app.Stop(stop))
 }

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -457,16 +456,29 @@ func TestRunAsAnApplication(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cfg := workload.Config{RunDir: h.dir, ControlPlane: h.cp}
 	ended := make(chan error, 1)
-	go func() { ended <- workload.Run(ctx, cfg) }()
-	for !strings.HasPrefix(fetch(h.dir), "PermissionDenied") {
-		runtime.Gosched() // until its socket answers
+	ready := make(chan string, 1)
+	go func() {
+		ended <- workload.Run(ctx, cfg, func(n *workload.Node) error {
+			ready <- n.WorkloadSocket()
+			return nil
+		})
+	}()
+	if got, want := <-ready, filepath.Join(h.dir, workload.WorkloadSocket); got != want {
+		t.Errorf("ready at %s, want %s", got, want)
 	}
-	wantText(t, workload.Run(t.Context(), cfg), "a node runs already")
+	if got := fetch(h.dir); !strings.HasPrefix(got, "PermissionDenied") { // it answers as soon as it is ready
+		t.Errorf("fetch says %q, want PermissionDenied", got)
+	}
+	wantText(t, workload.Run(t.Context(), cfg, nil), "a node runs already")
 	cancel()
 	if err := <-ended; err != nil {
 		t.Errorf("stop: %v", err)
 	}
-	wantText(t, workload.Run(t.Context(), workload.Config{}), "RunDir is empty")
+	wantText(t, workload.Run(t.Context(), workload.Config{}, nil), "RunDir is empty")
+	wantText(t, workload.Run(t.Context(), cfg, func(*workload.Node) error { return errors.New("nobody hears it") }), "nobody hears it")
+	if err := workload.Run(ctx, cfg, nil); err != nil {
+		t.Errorf("told to end before it starts: %v", err)
+	}
 }
 
 func wantText(t *testing.T, err error, want string) {
