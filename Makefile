@@ -64,7 +64,7 @@ generated: ## Fail when a generated file is not what its source makes of it
 
 .PHONY: race
 race: ## go test -race in every module
-	for m in $(MODULES); do (cd $$m && INLAY_PYTHON=$(TOOLS)/venv/bin/python go test -race -timeout 10m ./...); done
+	for m in tools $(MODULES); do (cd $$m && INLAY_PYTHON=$(TOOLS)/venv/bin/python go test -race -timeout 10m ./...); done
 
 .PHONY: tidy
 tidy: ## go mod tidy in every module

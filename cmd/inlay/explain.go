@@ -7,6 +7,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/inlay-mesh/inlay/controlplane/admin/adminconnect"
+	"github.com/inlay-mesh/inlay/controlplane/config/tree"
 	"github.com/inlay-mesh/inlay/meshsdk"
 	"github.com/inlay-mesh/inlay/xds/meshpb/adminpb"
 	"github.com/inlay-mesh/inlay/xds/meshpb/reportpb"
@@ -98,9 +100,13 @@ func (q question) answer(ctx context.Context, t *target, config string) (resp *a
 		}
 		resp, err := q.here(ctx, raw)
 		if err != nil {
-			return nil, "", q.suggest(err, m.Services, func(s ir.Service) (string, string) { return s.Namespace, s.Name })
+			var known []string
+			for _, s := range m.Services {
+				known = append(known, q.nameOf(s.Namespace, s.Name))
+			}
+			return nil, "", q.suggest(err, known)
 		}
-		return resp, fmt.Sprintf("answered here, from %s (revision %s)", config, m.Revision), err
+		return resp, fmt.Sprintf("answered here, from %s (revision %s)", config, m.Revision), nil
 	}
 	req := &adminpb.ExplainRequest{Namespace: q.namespace, Service: q.service, Method: q.method, Url: q.url}
 	for _, k := range slices.Sorted(maps.Keys(q.headers)) {
@@ -113,7 +119,7 @@ func (q question) answer(ctx context.Context, t *target, config string) (resp *a
 		return nil, "", err
 	}
 	if resp.Error != "" {
-		return nil, "", errors.New(resp.Error)
+		return nil, "", q.suggestRunning(ctx, t, errors.New(resp.Error))
 	}
 	if resp.AnsweredBy != "" {
 		return resp, fmt.Sprintf("answered by %s, a live program of %s.%s (revision %s)", resp.AnsweredBy, q.service, q.namespace, resp.Decision.GetRevision()), nil
@@ -122,8 +128,45 @@ func (q question) answer(ctx context.Context, t *target, config string) (resp *a
 	if err != nil {
 		return nil, "", err
 	}
-	resp, err = q.here(ctx, snap.Snapshot)
-	return resp, fmt.Sprintf("answered here, since no program of %s.%s is alive: its configuration compiled (revision %s)", q.service, q.namespace, snap.Revision), err
+	if resp, err = q.here(ctx, snap.Snapshot); err != nil {
+		return nil, "", q.suggestRunning(ctx, t, err)
+	}
+	return resp, fmt.Sprintf("answered here, since no program of %s.%s is alive: its configuration compiled (revision %s)", q.service, q.namespace, snap.Revision), nil
+}
+
+// suggestRunning is suggest among the services of the running mesh.
+func (q question) suggestRunning(ctx context.Context, t *target, err error) error {
+	r, asked := ask(ctx, t, &adminpb.ListServicesRequest{}, adminconnect.AdminClient.ListServices)
+	if asked != nil {
+		return err // it matters more than why nothing can be suggested
+	}
+	var known []string
+	for _, s := range r.Services {
+		known = append(known, q.nameOf(s.Namespace, s.Name))
+	}
+	return q.suggest(err, known)
+}
+
+// nameOf is how the calling service names another one.
+func (q question) nameOf(namespace, name string) string {
+	if namespace == q.namespace {
+		return name
+	}
+	return name + "." + namespace
+}
+
+// suggest adds the name most like the one asked for, where that one is not known. A program knows
+// only the services that it has called; here all are.
+func (q question) suggest(err error, known []string) error {
+	u, parsed := url.Parse(q.url)
+	if parsed != nil || slices.Contains(known, u.Hostname()) {
+		return err
+	}
+	near := tree.Nearest(u.Hostname(), known)
+	if near == "" || strings.Contains(err.Error(), "did you mean") {
+		return err
+	}
+	return fmt.Errorf("%w; did you mean %q?", err, near)
 }
 
 // here asks the SDK's own engine, fed from a snapshot.
@@ -191,6 +234,9 @@ func printDecision(w io.Writer, by string, d *reportpb.Decision) {
 		fmt.Fprintf(w, "limit\t%s\n", l)
 	}
 	fmt.Fprintf(w, "outcome\t%s\t%s\n", dash(d.Reason), d.Detail)
+	if d.Reason == string(meshsdk.ReasonNoEndpoint) {
+		fmt.Fprintf(w, "see\tinlay get endpoints %s\tlists those that are there and why they are not called\n", d.Service)
+	}
 }
 
 func routeText(r *reportpb.RouteChoice) string {

@@ -178,13 +178,8 @@ func (c *CA) Source() identity.Source { return c.own }
 func (c *CA) Run(ctx context.Context) error {
 	wait := c.ttl / 2
 	for {
-		due := make(chan struct{})
-		stop := c.clock.AfterFunc(wait, func() { close(due) })
-		select {
-		case <-ctx.Done():
-			stop()
+		if !identity.WaitUntil(ctx, c.clock, c.clock.Now().Add(wait), nil) {
 			return nil
-		case <-due:
 		}
 		wait = c.ttl / 2
 		if err := c.rotateOwn(ctx); err != nil {

@@ -6,7 +6,9 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"math/big"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -92,6 +94,36 @@ func TestDue(t *testing.T) {
 			}
 		})
 	}
+}
+
+// sleptClock is of a machine that was suspended: the wall went on, timers did not.
+type sleptClock struct{ suspended *atomic.Int64 }
+
+func (c sleptClock) Now() time.Time {
+	return time.Now().Round(0).Add(time.Duration(c.suspended.Load()))
+}
+
+func (sleptClock) AfterFunc(d time.Duration, f func()) func() bool { return time.AfterFunc(d, f).Stop }
+
+// A laptop that was suspended past the end of every SVID renews them when it wakes up.
+func TestRenewalAfterASuspendedNight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clock := sleptClock{suspended: new(atomic.Int64)}
+		i := newIssuer(issuerConfig{clock: clock, random: func() float64 { return 0 }})
+		began := clock.Now()
+		e := &entry{users: 1, issued: began, chain: selfSigned(t, began.Add(time.Hour)), kick: make(chan struct{}, 1)}
+		renew := make(chan bool, 1)
+		go func() { renew <- i.rest(t.Context(), e) }()
+		time.Sleep(time.Minute) // of the bubble
+		clock.suspended.Store(int64(8 * time.Hour))
+		woke := time.Now()
+		if !<-renew {
+			t.Error("it is not to be renewed")
+		}
+		if late := time.Since(woke); late > 5*time.Second {
+			t.Errorf("renewed %s after the machine woke up, want within 5s", late)
+		}
+	})
 }
 
 func selfSigned(t *testing.T, notAfter time.Time) [][]byte {

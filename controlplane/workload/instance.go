@@ -139,7 +139,7 @@ func (i *instance) run() {
 		wait := backoffFor(failures, retryBase, limit, i.random())
 		failures++
 		i.log.Warn("instance not registered", "service", i.start.svc.String(), "run_id", i.start.runID, "err", err, "retry_in", wait)
-		if !sleepUntil(i.ctx, i.clock, i.clock.Now().Add(wait), i.draining) {
+		if !sleep(i.ctx, i.clock, wait, i.draining) {
 			return // without a stream there is nobody to drain with
 		}
 	}

@@ -98,7 +98,7 @@ func (i *issuer) release(e *entry) {
 	defer i.mu.Unlock()
 	e.users--
 	if e.users == 0 {
-		e.released = i.clock.Now()
+		e.released = i.clock.Now().Round(0)
 	}
 }
 
@@ -137,7 +137,7 @@ func (i *issuer) keep(ctx context.Context, e *entry) {
 			wait := backoffFor(failures, retryBase, retryMax, i.random())
 			failures++
 			i.log.WarnContext(ctx, "SVID not issued", "service", e.svc.String(), "err", err, "retry_in", wait)
-			if !sleep(ctx, i.clock, wait) {
+			if !sleep(ctx, i.clock, wait, nil) {
 				return
 			}
 			if i.forget(e) {
@@ -156,7 +156,7 @@ func (i *issuer) keep(ctx context.Context, e *entry) {
 func (i *issuer) rest(ctx context.Context, e *entry) bool {
 	for {
 		due, renew := i.due(e)
-		if !sleepUntil(ctx, i.clock, due, e.kick) {
+		if !identity.WaitUntil(ctx, i.clock, due, e.kick) {
 			if ctx.Err() != nil {
 				return false
 			}
@@ -222,7 +222,7 @@ func (i *issuer) issue(ctx context.Context, e *entry) error {
 	i.mu.Lock()
 	uid := e.uid
 	i.mu.Unlock()
-	began := i.clock.Now()
+	began := i.clock.Now().Round(0) // by the wall, like what is signed
 	resp, err := i.ca.Sign(ctx, &capb.SignRequest{Namespace: e.svc.namespace, Service: e.svc.name, Csr: csr, Uid: uid})
 	if err != nil {
 		return fmt.Errorf("control plane does not sign for %s: %s", e.id, status.Convert(err).Message())
@@ -302,7 +302,7 @@ func (i *issuer) followBundle(ctx context.Context) {
 			}
 		}
 		i.mu.Unlock()
-		if !sleep(ctx, i.clock, wait) {
+		if !sleep(ctx, i.clock, wait, nil) {
 			return
 		}
 	}

@@ -15,15 +15,11 @@ func backoffFor(failures int, base, limit time.Duration, random float64) time.Du
 	return time.Duration(min(d, float64(limit)/1.2) * (0.8 + 0.4*random))
 }
 
-// sleep waits and reports whether the time has passed; false means that ctx ended first.
-func sleep(ctx context.Context, clock Clock, d time.Duration) bool {
-	return sleepUntil(ctx, clock, clock.Now().Add(d), nil)
-}
-
-// sleepUntil waits until at and reports true; false when ctx ended or woken received first.
-func sleepUntil(ctx context.Context, clock Clock, at time.Time, woken <-chan struct{}) bool {
+// sleep waits and reports whether the time has passed; false means that ctx ended or woken
+// received first.
+func sleep(ctx context.Context, clock Clock, d time.Duration, woken <-chan struct{}) bool {
 	due := make(chan struct{})
-	stop := clock.AfterFunc(at.Sub(clock.Now()), func() { close(due) })
+	stop := clock.AfterFunc(d, func() { close(due) })
 	defer stop()
 	select {
 	case <-due:

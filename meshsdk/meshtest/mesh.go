@@ -276,12 +276,12 @@ func (m *Mesh) ControlPlane() string { return m.address }
 // PlaintextXDS is the address for clients that do not use the SDK; empty without Plaintext.
 func (m *Mesh) PlaintextXDS() string { return m.plain }
 
-// Status is what the control plane knows of its xDS clients, oldest first.
-func (m *Mesh) Status() []serve.ClientStatus {
+// Clients is what the control plane knows of its xDS clients with their resources, oldest first.
+func (m *Mesh) Clients() []serve.ClientStatus {
 	m.t.Helper()
 	cp := m.running()
 	if cp == nil {
-		m.t.Fatal("meshtest: Status while the control plane is stopped")
+		m.t.Fatal("meshtest: Clients while the control plane is stopped")
 	}
 	return cp.Server().Clients(true)
 }

@@ -19,11 +19,12 @@ const Suffix = ".mesh"
 // Names of the mesh are a single label ("orders"; not "localhost"), NAME.NAMESPACE for own and the
 // namespaces that namespaces gives (nil gives none), whatever ends in Suffix, and "xds:///".
 // Everything else is outside: other hosts, IP addresses, and what is no host at all, such as a name
-// with user information, an empty label or a port out of range.
+// with user information or an empty label.
 //
 // The listener is canonical: lower case, without trailing dot and Suffix, the port without leading
 // zeros. "Orders.", "orders" and "orders.mesh" are one name; "orders:8080" is another, since the
-// port is part of the name of a listener.
+// port is part of the name of a listener. "orders:http" and "orders:70000" are names of the mesh that
+// do not exist, since what stands before the port decides: gRPC and net/http would call them.
 func Parse(target string, namespaces func() []string, own string) (listener string, mesh bool) {
 	rest, xds := cutXDS(target)
 	host, port, ok := splitPort(rest)
@@ -65,8 +66,8 @@ func Parse(target string, namespaces func() []string, own string) (listener stri
 	default:
 		return "", false
 	}
-	if port != 0 {
-		host += ":" + strconv.Itoa(int(port))
+	if port != "" {
+		host += ":" + port
 	}
 	return host, true
 }
@@ -90,21 +91,19 @@ func cutXDS(target string) (rest string, xds bool) {
 	return strings.TrimPrefix(u.Path, "/"), true
 }
 
-// splitPort gives the host and the port, 0 when there is none. ok is false for an IPv6 literal and
-// for a port that is not 1 to 65535.
-func splitPort(s string) (host string, port uint16, ok bool) {
+// splitPort gives the host and the port, empty when there is none. RFC 3986, 3.2.3: normalizers
+// "should omit the port component and its ':' delimiter if port is empty". A port that is no number
+// of a port is given as it is. ok is false for an IPv6 literal and for what is no port at all.
+func splitPort(s string) (host, port string, ok bool) {
 	if s == "" || s[0] == '[' {
-		return "", 0, false
+		return "", "", false
 	}
-	host, number, found := strings.Cut(s, ":")
-	if found {
-		p, err := strconv.ParseUint(number, 10, 16)
-		if err != nil || p == 0 {
-			return "", 0, false
-		}
-		port = uint16(p)
+	host, port, _ = strings.Cut(s, ":")
+	if p, err := strconv.ParseUint(port, 10, 16); err == nil && p != 0 {
+		return host, strconv.FormatUint(p, 10), true
 	}
-	return host, port, true
+	port = strings.ToLower(port)
+	return host, port, port == "" || isLabel(port)
 }
 
 // isLabel admits the underscore beside what identity.CheckName admits: "my_db" cannot be a service,
