@@ -154,7 +154,10 @@ func orCause(err error, ctx context.Context) error {
 
 // readyService waits until a service can be called.
 func (m *Mesh) readyService(ctx context.Context, name string) error {
-	listener, ok := m.names.listener(name)
+	listener, ok, err := m.names.listener(ctx, name)
+	if err != nil {
+		return fmt.Errorf("mesh: %q is not ready: the namespaces of the mesh are not known yet: %w", name, err)
+	}
 	if !ok {
 		return fmt.Errorf("mesh: %q is not a name of the mesh: want NAME, NAME.NAMESPACE or NAME:PORT", name)
 	}
@@ -223,7 +226,10 @@ func (m *Mesh) Explain(ctx context.Context, method, url string, header http.Head
 	if method == "" {
 		method = http.MethodGet
 	}
-	listener, ok := m.names.listener(host)
+	listener, ok, err := m.names.listener(ctx, host)
+	if err != nil {
+		return nil, fmt.Errorf("mesh: the namespaces of the mesh are not known yet: %w", err)
+	}
 	if !ok {
 		d := &Decision{Service: host, Reason: ReasonOK, Detail: "it is not a name of the mesh: the call goes over the base transport"}
 		if m.set.fallback == Deny {

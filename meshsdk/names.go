@@ -1,6 +1,7 @@
 package meshsdk
 
 import (
+	"context"
 	"sync"
 	"time"
 
@@ -58,8 +59,8 @@ func (n *names) list() []string {
 }
 
 // listener gives the listener of a target of the mesh; ok is false for one outside. Only a name
-// whose answer hangs on the namespaces waits for them.
-func (n *names) listener(target string) (listener string, ok bool) {
+// whose answer hangs on the namespaces waits for them; an error is that of ctx, which ended first.
+func (n *names) listener(ctx context.Context, target string) (listener string, ok bool, err error) {
 	for {
 		n.mu.Lock()
 		own, namespaces, settled := n.own, n.namespaces, n.isSettled
@@ -67,8 +68,12 @@ func (n *names) listener(target string) (listener string, ok bool) {
 		asked := false
 		listener, ok := grpcmesh.Parse(target, func() []string { asked = true; return namespaces }, own)
 		if ok || !asked || settled {
-			return listener, ok
+			return listener, ok, nil
 		}
-		<-n.settled
+		select {
+		case <-n.settled:
+		case <-ctx.Done():
+			return "", false, context.Cause(ctx)
+		}
 	}
 }

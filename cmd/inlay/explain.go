@@ -60,7 +60,12 @@ with exit code 1.`,
 			if err != nil {
 				return err
 			}
-			if err := out.print(c.OutOrStdout(), resp, func(w *tabwriter.Writer) { printDecision(w, by, resp.Decision) }); err != nil {
+			if err := out.print(c.OutOrStdout(), resp, func(w *tabwriter.Writer) {
+				printDecision(w, by, resp.Decision)
+				if config == "" && resp.Decision.GetReason() == string(meshsdk.ReasonNoEndpoint) {
+					fmt.Fprintf(w, "see\tinlay get endpoints %s\tlists those that are there and why they are not called\n", resp.Decision.Service)
+				}
+			}); err != nil {
 				return err
 			}
 			if r := resp.Decision.GetReason(); r != "" && r != string(meshsdk.ReasonOK) {
@@ -234,9 +239,6 @@ func printDecision(w io.Writer, by string, d *reportpb.Decision) {
 		fmt.Fprintf(w, "limit\t%s\n", l)
 	}
 	fmt.Fprintf(w, "outcome\t%s\t%s\n", dash(d.Reason), d.Detail)
-	if d.Reason == string(meshsdk.ReasonNoEndpoint) {
-		fmt.Fprintf(w, "see\tinlay get endpoints %s\tlists those that are there and why they are not called\n", d.Service)
-	}
 }
 
 func routeText(r *reportpb.RouteChoice) string {

@@ -89,6 +89,16 @@ func (e *Engine) BeginExternal(ctx context.Context, host string, req *Request) *
 	return c
 }
 
+// DetailUndecided is said of a call that ended before it was known whether its name is of the mesh.
+const DetailUndecided = "while waiting to learn the namespaces of the mesh"
+
+// Refuse records a call to name that its skin does not begin, and gives the error that r says.
+func (e *Engine) Refuse(ctx context.Context, name string, req *Request, r Result) error {
+	c := e.BeginExternal(ctx, name, req)
+	c.external = false
+	return c.End(r)
+}
+
 func (c *Call) begin() *Error {
 	e := c.engine
 	if same, ok := route.Canonical(c.req.Path); !ok || same != c.req.Path {

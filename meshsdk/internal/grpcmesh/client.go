@@ -9,10 +9,12 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/resolver"
@@ -53,10 +55,10 @@ type Config struct {
 	// Dial makes connections, to endpoints and to the outside alike; network is "tcp" or "unix". Nil
 	// means net.Dialer.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
-	// InMesh gives the listener of a name of the mesh; ok is false for the outside. It is asked once
-	// a target, by the first call or connect, and may wait. Parse is what it is made of. Nil: every
-	// name is outside.
-	InMesh func(target string) (listener string, ok bool)
+	// InMesh gives the listener of a name of the mesh; ok is false for the outside. It is asked by the
+	// first call or connect of a target, until it has answered, and may wait; err says that ctx ended
+	// first. Parse is what it is made of. Nil: every name is outside.
+	InMesh func(ctx context.Context, target string) (listener string, ok bool, err error)
 	// External is for the names that are not.
 	External ExternalPolicy
 	// Inject writes the trace context of ctx into md; nil injects nothing.
@@ -81,7 +83,7 @@ func New(cfg Config) *Client {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
 	if cfg.InMesh == nil {
-		cfg.InMesh = func(string) (string, bool) { return "", false }
+		cfg.InMesh = func(context.Context, string) (string, bool, error) { return "", false, nil }
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -204,8 +206,11 @@ func nameOf(target string) string {
 
 // channel is what is decided about a name, once.
 type channel struct {
-	name     string
-	once     sync.Once
+	name    string
+	decided atomic.Pointer[decision]
+}
+
+type decision struct {
 	listener string
 	mesh     bool
 }
@@ -228,11 +233,31 @@ func (c *Client) target(target string) *channel {
 	return ch
 }
 
-// decide says where the channel goes. The first use decides for the life of the Client: a resolver
-// that went one way and an interceptor that goes the other would send a call of the mesh outside.
-func (ch *channel) decide(c *Client) (listener string, mesh bool) {
-	ch.once.Do(func() { ch.listener, ch.mesh = c.cfg.InMesh(ch.name) })
-	return ch.listener, ch.mesh
+// decide says where the channel goes. The first answer decides for the life of the Client: a resolver
+// that went one way and an interceptor that goes the other would send a call of the mesh outside. An
+// error is that of ctx; nothing is decided then.
+func (ch *channel) decide(ctx context.Context, c *Client) (listener string, mesh bool, err error) {
+	d := ch.decided.Load()
+	if d == nil {
+		listener, mesh, err := c.cfg.InMesh(ctx, ch.name)
+		if err != nil {
+			return "", false, err
+		}
+		ch.decided.CompareAndSwap(nil, &decision{listener, mesh})
+		d = ch.decided.Load()
+	}
+	return d.listener, d.mesh, nil
+}
+
+// undecided is the end of a call that did not learn in time where it goes.
+func (c *Client) undecided(ctx context.Context, ch *channel, method string, err error) error {
+	h := &headers{ctx: ctx}
+	r := request(method, ch.name, h, nil)
+	res := call.Result{Reason: call.ReasonTimeout, GRPCCode: int(codes.DeadlineExceeded), Unsent: true, Detail: call.DetailUndecided, Err: err}
+	if errors.Is(err, context.Canceled) {
+		res.Reason, res.GRPCCode = call.ReasonCancelled, int(codes.Canceled)
+	}
+	return wrap(c.cfg.Engine.Refuse(ctx, ch.name, &r, res), res)
 }
 
 // errDenied is why a name of the outside is not called.

@@ -330,7 +330,10 @@ type mesh struct {
 	identity identity.Source
 }
 
-func inDefault(target string) (string, bool) { return grpcmesh.Parse(target, nil, "default") }
+func inDefault(_ context.Context, target string) (string, bool, error) {
+	listener, ok := grpcmesh.Parse(target, nil, "default")
+	return listener, ok, nil
+}
 
 // splitmix is a generator that is safe for concurrent use (Steele, Lea and Flood, 2014).
 func splitmix(seed uint64) func() uint64 {

@@ -1,6 +1,7 @@
 package grpcmesh
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
@@ -24,7 +25,11 @@ func (b builder) Scheme() string { return b.scheme }
 // Build resolves a name of the mesh by the engine, any other by gRPC's own resolver.
 func (b builder) Build(target resolver.Target, cc resolver.ClientConn, opts resolver.BuildOptions) (resolver.Resolver, error) {
 	c := b.client
-	listener, mesh := c.channel(nameOf(target.URL.String())).decide(c)
+	// gRPC gives no context here. A call has waited before it came this far, within its deadline.
+	listener, mesh, err := c.channel(nameOf(target.URL.String())).decide(context.Background(), c)
+	if err != nil {
+		return nil, err
+	}
 	if !mesh {
 		if c.cfg.External == Deny {
 			return nil, fmt.Errorf("mesh: %q: %w", target.Endpoint(), errDenied)

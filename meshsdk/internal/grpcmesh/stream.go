@@ -47,7 +47,10 @@ type stream struct {
 // stream is the interceptor of streams.
 func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	ch := c.target(cc.Target())
-	listener, mesh := ch.decide(c)
+	listener, mesh, err := ch.decide(ctx, c)
+	if err != nil {
+		return nil, c.undecided(ctx, ch, method, err)
+	}
 	if !mesh {
 		return c.outsideStream(ctx, ch, desc, cc, method, streamer, opts)
 	}

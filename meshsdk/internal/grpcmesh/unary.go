@@ -88,7 +88,10 @@ type unaryCall struct {
 // invoker, and with it everything that was given after this interceptor, again.
 func (c *Client) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	ch := c.target(cc.Target())
-	listener, mesh := ch.decide(c)
+	listener, mesh, err := ch.decide(ctx, c)
+	if err != nil {
+		return c.undecided(ctx, ch, method, err)
+	}
 	if !mesh {
 		return c.outside(ctx, ch, method, func(ctx context.Context) error {
 			return invoker(ctx, method, req, reply, cc, opts...)

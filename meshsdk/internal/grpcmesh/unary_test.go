@@ -371,9 +371,9 @@ func TestFirstCallWaitsForConfiguration(t *testing.T) {
 
 func TestNewClientAsksNobody(t *testing.T) {
 	m := newMesh(t, newNetwork(), nil, func(c *grpcmesh.Config) {
-		c.InMesh = func(target string) (string, bool) {
+		c.InMesh = func(_ context.Context, target string) (string, bool, error) {
 			t.Errorf("asked about %q", target)
-			return "", false
+			return "", false, nil
 		}
 	})
 	for _, target := range []string{"orders", "orders.shop:80", "xds:///orders", "api.example.com:443", "10.0.0.1:80"} {

@@ -3,7 +3,6 @@ package httpmesh
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -40,9 +39,9 @@ type Config struct {
 	// Dial makes the connections to endpoints, and to the outside when Base is nil. Nil means
 	// net.Dialer.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
-	// InMesh gives the listener of a name of the mesh; ok is false for the outside. grpcmesh.Parse
-	// is what it is made of. Nil: every name is outside.
-	InMesh func(host string) (listener string, ok bool)
+	// InMesh gives the listener of a name of the mesh; ok is false for the outside. It may wait; err
+	// says that ctx ended first. grpcmesh.Parse is what it is made of. Nil: every name is outside.
+	InMesh func(ctx context.Context, host string) (listener string, ok bool, err error)
 	// External is for the names that are not.
 	External grpcmesh.ExternalPolicy
 	// Inject writes the trace context of ctx into h; nil injects nothing.
@@ -85,7 +84,7 @@ func New(cfg Config) *Transport {
 		cfg.Dial = new(net.Dialer).DialContext
 	}
 	if cfg.InMesh == nil {
-		cfg.InMesh = func(string) (string, bool) { return "", false }
+		cfg.InMesh = func(context.Context, string) (string, bool, error) { return "", false, nil }
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -141,26 +140,24 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL == nil || req.Header == nil || req.URL.Scheme != "http" && req.URL.Scheme != "https" {
 		return t.cfg.Base.RoundTrip(req) // for its errors and registered protocols
 	}
-	listener, mesh := t.cfg.InMesh(req.URL.Host)
-	if !mesh {
-		return t.outside(req)
-	}
+	listener, mesh, err := t.cfg.InMesh(req.Context(), req.URL.Host)
 	switch {
+	case errors.Is(err, context.Canceled):
+		return nil, t.refuse(req, req.URL.Host, call.ReasonCancelled, call.DetailUndecided, err)
+	case err != nil:
+		return nil, t.refuse(req, req.URL.Host, call.ReasonTimeout, call.DetailUndecided, err)
+	case !mesh:
+		return t.outside(req)
 	case req.Method == http.MethodConnect:
-		return nil, refuse(req, listener, errConnect)
+		return nil, t.refuse(req, listener, call.ReasonNoRoute, errConnect.Error(), errConnect)
 	case req.URL.Opaque != "":
-		return nil, refuse(req, listener, errOpaque)
+		return nil, t.refuse(req, listener, call.ReasonNoRoute, errOpaque.Error(), errOpaque)
 	}
 	path := req.URL.EscapedPath()
 	if canonical, ok := route.Canonical(path); ok {
 		path = canonical
 	}
-	h := &headers{header: req.Header, host: hostOf(req)}
-	r := call.Request{
-		Request:    route.Request{Method: method(req), Path: path, Header: h},
-		Authority:  h.host,
-		Idempotent: idempotent(req),
-	}
+	r := request(req, path)
 	cl, err := t.cfg.Engine.Begin(req.Context(), listener, &r)
 	if err != nil {
 		closeBody(req)
@@ -172,9 +169,21 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return x.run()
 }
 
-func refuse(req *http.Request, service string, err error) error {
+// refuse ends a request that does not become a call.
+func (t *Transport) refuse(req *http.Request, service string, reason call.Reason, detail string, err error) error {
 	closeBody(req)
-	return fmt.Errorf("mesh: %s %q: %w", method(req), service, err)
+	r := request(req, req.URL.EscapedPath())
+	return timely(t.cfg.Engine.Refuse(req.Context(), service, &r, call.Result{Reason: reason, GRPCCode: -1, Unsent: true, Detail: detail, Err: err}))
+}
+
+// request describes req to the engine.
+func request(req *http.Request, path string) call.Request {
+	host := hostOf(req)
+	return call.Request{
+		Request:    route.Request{Method: method(req), Path: path, Header: &headers{header: req.Header, host: host}},
+		Authority:  host,
+		Idempotent: idempotent(req),
+	}
 }
 
 func closeBody(req *http.Request) {
@@ -232,10 +241,7 @@ func (h *headers) Get(name string) (string, bool) {
 
 // outside makes a request to a name that is not of the mesh: as Base would, but counted.
 func (t *Transport) outside(req *http.Request) (*http.Response, error) {
-	r := call.Request{
-		Request:   route.Request{Method: method(req), Path: req.URL.EscapedPath(), Header: &headers{req.Header, hostOf(req)}},
-		Authority: hostOf(req),
-	}
+	r := request(req, req.URL.EscapedPath())
 	cl := t.cfg.Engine.BeginExternal(req.Context(), req.URL.Host, &r)
 	if t.cfg.External == grpcmesh.Deny {
 		closeBody(req)
