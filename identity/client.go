@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -109,7 +110,11 @@ func (c *Client) Run(ctx context.Context) error {
 			// until it expires: a node that has just restarted knows no registration yet, and its
 			// restart must not fail calls.
 			base, limit = deniedBase, deniedMax
-			err = fmt.Errorf("%w: %s; %s", ErrDenied, status.Convert(err).Message(), runHint)
+			text := status.Convert(err).Message()
+			if !strings.Contains(text, runHint) { // our own node says it itself
+				text += "; " + runHint
+			}
+			err = fmt.Errorf("%w: %s", ErrDenied, text)
 		default:
 			err = fmt.Errorf("workload API %s: %w", c.where, err)
 		}

@@ -302,28 +302,47 @@ Next: inlay run --service NAME -- PROGRAM     inlay get services     inlay statu
 	go d.revisions()
 }
 
-// revisions prints each change of the configuration and of its acknowledgement, until the process
-// ends.
+// revisions prints each revision when it runs and when every client has it, and what stands in the
+// way, until the process ends.
 func (d *dev) revisions() {
-	last := ""
+	var last revisionNews
 	for {
 		c := adminconnect.NewAdminClient(http.DefaultClient, "http://"+d.admin())
 		s, err := c.WatchRevisions(context.Background(), connect.NewRequest(&adminpb.WatchRevisionsRequest{}))
 		if err == nil {
 			for s.Receive() {
 				r := s.Msg()
-				if line := revisionLine(r); line != last {
-					last = line
-					fmt.Fprintln(d.out, "revision", line)
+				news := newsOf(r, last)
+				if news != last {
+					fmt.Fprintln(d.out, "revision", revisionLine(r))
 					for _, f := range r.Faults {
 						fmt.Fprintf(d.err, "  %s %s %s\n", f.Source, f.Code, f.Message)
 					}
 				}
+				last = news
 			}
 			_ = s.Close()
 		}
 		time.Sleep(500 * time.Millisecond) // the control plane is being started again
 	}
+}
+
+// revisionNews is what is worth a line: clients that come and go are not.
+type revisionNews struct {
+	id, fault string
+	nacked    uint32
+	complete  bool // every client acknowledged it, at one time or another
+}
+
+func newsOf(r *adminpb.Revision, last revisionNews) revisionNews {
+	n := revisionNews{id: r.Id, nacked: r.Nacked, complete: r.Subscribed > 0 && r.Acked == r.Subscribed}
+	for _, f := range r.Faults {
+		n.fault += f.Source + f.Code + f.Message
+	}
+	if n.id == last.id {
+		n.complete = n.complete || last.complete
+	}
+	return n
 }
 
 // last passes on what a daemon logs, and keeps back its last words: what report writes before the

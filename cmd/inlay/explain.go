@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/url"
@@ -185,7 +186,9 @@ func (q question) here(ctx context.Context, snapshot []byte) (*adminpb.ExplainRe
 	if err := os.WriteFile(file, snapshot, 0o600); err != nil {
 		return nil, err
 	}
-	m, err := meshsdk.Open(ctx, meshsdk.WithConfig(file), meshsdk.WithService(q.service+"."+q.namespace), meshsdk.WithStateDir(dir))
+	m, err := meshsdk.Open(ctx, meshsdk.WithConfig(file), meshsdk.WithService(q.service+"."+q.namespace), meshsdk.WithStateDir(dir),
+		// This process is not the service: it neither asks a node for its identity nor speaks of that.
+		meshsdk.WithEnvironment(func(string) string { return "" }), meshsdk.WithLogger(slog.New(slog.DiscardHandler)))
 	if err != nil {
 		return nil, err
 	}

@@ -113,7 +113,9 @@ func (g getter) routes() error {
 			}
 			var kinds []string
 			for k, v := range rt.Clients {
-				kinds = append(kinds, k+": "+v)
+				// The reason behind the colon is in -o json; here it would push all else off the screen.
+				word, _, _ := strings.Cut(v, ":")
+				kinds = append(kinds, k+" "+word)
 			}
 			slices.Sort(kinds)
 			timeout := "-"
@@ -121,7 +123,7 @@ func (g getter) routes() error {
 				timeout = d.String()
 			}
 			fmt.Fprintf(w, "%s.%s\t%d\t%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\n", rt.Service, rt.Namespace, rt.Port, rt.Match,
-				strings.Join(to, ", "), timeout, rt.Retries, rt.Object, rt.Rule, dash(rt.Source), dash(strings.Join(kinds, "; ")))
+				strings.Join(to, ", "), timeout, rt.Retries, rt.Object, rt.Rule, dash(rt.Source), dash(strings.Join(kinds, ", ")))
 		}
 	})
 }
