@@ -2,9 +2,9 @@
 // once (a directory of YAML, or files given to Apply, is parsed, compiled with the live instances,
 // and served as xDS), holds the registry and the certificate authority, and answers the CLI.
 //
-// `inlay controlplane` runs it as a daemon with Run, tests and meshtest in their own process with
-// New, Start and Stop. Both are the same fx module. It never makes a workload's key, and it never
-// imports the SDK: they meet on the wire.
+// `inlay controlplane` and meshtest run it with New, Start and Stop; Run is all three. Whoever has an
+// fx application takes Module, which the others are made of. It never makes a workload's key, and
+// it never imports the SDK: they meet on the wire.
 package controlplane
 
 import (
@@ -181,7 +181,7 @@ func (cp *ControlPlane) Start(ctx context.Context) error {
 }
 
 // Stop ends streams, closes the addresses and the data directory, and returns when every goroutine
-// has ended: within two seconds, whether ctx is done or not. It may be called without Start.
+// has ended, whether ctx is done or not: within a second as a rule, and within five in any case. It may be called without Start.
 func (cp *ControlPlane) Stop(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()

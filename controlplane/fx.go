@@ -26,7 +26,7 @@ func Module(cfg Config) fx.Option {
 	return fx.Module("controlplane",
 		fx.Provide(fx.Private,
 			func() (Config, error) { return cfg.withDefaults() },
-			newDisk, newAuthority, newServe, newRegistry, newReports, newPipeline, newServers,
+			newDisk, newAuthority, newServe, newBuilds, newRegistry, newReports, newPipeline, newServers,
 		),
 		fx.Provide(newControlPlane),
 		fx.Invoke(hooks),
@@ -48,10 +48,11 @@ func newServe(cfg Config) *serve.Server {
 	return serve.New(serve.Config{Log: cfg.Log, Clock: cfg.Clock, Dev: cfg.Plaintext != "", TrustDomain: cfg.TrustDomain})
 }
 
-func newRegistry(cfg Config, d *disk, srv *serve.Server) (*registry.Registry, error) {
+func newRegistry(cfg Config, d *disk, srv *serve.Server, b builds) (*registry.Registry, error) {
 	r, err := registry.New(registry.Config{
 		Store: d.leases(), TrustDomain: cfg.TrustDomain, LeaseTTL: cfg.LeaseTTL, NodeUIDs: cfg.NodeUIDs,
-		WaitDrained: srv.WaitDrained, MTLSMode: mtlsMode(srv), Clock: cfg.Clock, Log: cfg.Log,
+		WaitDrained: func(ctx context.Context, id string) bool { return b.settle(ctx) && srv.WaitDrained(ctx, id) },
+		MTLSMode:    mtlsMode(srv), Clock: cfg.Clock, Log: cfg.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, d.Close())

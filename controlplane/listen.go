@@ -69,7 +69,12 @@ func listenUnix(cfg Config, path, flag string) (net.Listener, error) {
 			}
 			return nil, fmt.Errorf("listen %s: address in use%s; stop it or pass another %s", path, holder, flag)
 		}
-		if err := os.Remove(path); err != nil {
+		// unix(7): "ECONNREFUSED: The remote address specified by connect(2) was not a listening
+		// socket." Any other failure is of one that lives: of another user, or with a full backlog.
+		if !errors.Is(err, syscall.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("listen %s: address in use, it seems: %w; stop who has it or pass another %s", path, err, flag)
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("listen %s: socket of a dead process: %w; pass another %s", path, err, flag)
 		}
 	case !errors.Is(err, fs.ErrNotExist):

@@ -22,6 +22,27 @@ import (
 // built at once, the rest together.
 const minGap = 10 * time.Millisecond
 
+// builds holds a token while a mesh is made and published. Who has changed the registry and then
+// settles knows that no mesh of before the change is still to come.
+type builds chan struct{}
+
+func newBuilds() builds { return make(builds, 1) }
+
+func (b builds) begin() { b <- struct{}{} }
+
+func (b builds) end() { <-b }
+
+// settle waits for the build that is under way, if any; false when ctx ended first.
+func (b builds) settle(ctx context.Context) bool {
+	select {
+	case b <- struct{}{}:
+		<-b
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // pipeline turns revisions and instances into what is served. One goroutine (run) decides; state
 // is read by anybody.
 type pipeline struct {
@@ -31,6 +52,7 @@ type pipeline struct {
 	registry *registry.Registry
 	serve    *serve.Server
 	reports  *admin.Reports
+	builds   builds
 	log      *slog.Logger
 
 	revisions chan source.Revision // from the directory; unbuffered
@@ -74,9 +96,9 @@ type applyResult struct {
 	err     error
 }
 
-func newPipeline(cfg Config, d *disk, reg *registry.Registry, srv *serve.Server, reports *admin.Reports) (*pipeline, error) {
+func newPipeline(cfg Config, d *disk, reg *registry.Registry, srv *serve.Server, reports *admin.Reports, b builds) (*pipeline, error) {
 	p := &pipeline{
-		cfg: cfg, disk: d, registry: reg, serve: srv, reports: reports, log: cfg.Log,
+		cfg: cfg, disk: d, registry: reg, serve: srv, reports: reports, builds: b, log: cfg.Log,
 		revisions: make(chan source.Revision),
 		applies:   make(chan applyRequest),
 		trouble:   make(chan struct{}, 1),
@@ -214,9 +236,11 @@ func (p *pipeline) restore() {
 // the state, by also too, at once: what the state says is served is served.
 func (p *pipeline) build(also func(*state)) {
 	began := p.cfg.Clock.Now()
+	p.builds.begin()
 	p.registered = p.registry.Changed() // before the snapshot, so that nothing between is lost
 	mesh, findings := p.plan.Build(p.registry.Snapshot(), p.cfg.TrustDomain, p.revision)
 	err := p.serve.Publish(mesh)
+	p.builds.end()
 	if err != nil {
 		p.log.Error("resources could not be made; clients keep the last good ones", "err", err)
 	}
@@ -236,10 +260,7 @@ func (p *pipeline) build(also func(*state)) {
 
 // problem is told by the directory why it cannot be read.
 func (p *pipeline) problem(err error) {
-	if err != nil {
-		p.log.Warn("the configuration directory cannot be read; the running revision stays", "err", err)
-	}
-	p.set(func(s *state) { s.source = err })
+	p.set(func(s *state) { s.source = err }) // the directory has logged it
 	if err != nil {
 		select {
 		case p.trouble <- struct{}{}:

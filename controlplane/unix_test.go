@@ -2,6 +2,7 @@ package controlplane
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -10,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -145,6 +147,37 @@ func TestASocketOfADeadProcessIsReplacedAndALiveOneIsNot(t *testing.T) {
 		t.Errorf("Start = %v", err)
 	}
 	if _, err := net.Dial("unix", path); err != nil {
+		t.Errorf("the live socket was taken away: %v", err)
+	}
+}
+
+// A live socket whose queue of connections is full refuses with another error than a dead one.
+func TestASocketThatIsTooBusyIsNotTakenAway(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "controlplane.sock")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for { // nobody accepts
+		conn, err := net.DialTimeout("unix", path, 10*time.Millisecond)
+		if err != nil {
+			break
+		}
+		defer conn.Close()
+	}
+	other, err := New(Config{UnixSocket: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := other.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "address in use") {
+		t.Errorf("Start = %v, want that the address is in use", err)
+		_ = other.Stop(t.Context())
+	}
+	if _, err := os.Lstat(path); err != nil {
 		t.Errorf("the live socket was taken away: %v", err)
 	}
 }

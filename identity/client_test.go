@@ -323,6 +323,26 @@ func TestNames(t *testing.T) {
 	}
 }
 
+func TestCheckService(t *testing.T) {
+	for _, tc := range []struct{ namespace, service, want string }{
+		{"default", "orders", ""},
+		{"inlay", "controlplane", "the mesh's own"},
+		{"mesh", "orders", "NAME.mesh"},
+		{"localhost", "orders", "NAME.localhost"},
+		{"default", "localhost", "the machine itself"},
+		{"Shop", "a.b", "service \"a.b\""},
+		{"Shop", "a.b", "namespace \"Shop\""},
+	} {
+		err := identity.CheckService(tc.namespace, tc.service)
+		if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
+			t.Errorf("%s in %s: %v, want %q", tc.service, tc.namespace, err, tc.want)
+		}
+	}
+	if err := identity.CheckService("default", strings.Repeat("x", 1<<20)); err == nil || len(err.Error()) > 300 {
+		t.Errorf("a name of a megabyte: want a short error")
+	}
+}
+
 // A reader that waits on Updated before it asks misses no change.
 func TestVarTellsOfEachChange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

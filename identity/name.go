@@ -57,9 +57,25 @@ func CheckName(s string) error {
 	return nil
 }
 
+// CheckService says whether a workload may be this service: two DNS labels, and neither a part of
+// the mesh itself nor a name that means something else to callers.
+func CheckService(namespace, service string) error {
+	errs := []error{checkAs("namespace", namespace), checkAs("service", service)}
+	switch namespace {
+	case ReservedNamespace:
+		errs = append(errs, fmt.Errorf("namespace %q is the mesh's own: want another one", namespace))
+	case "mesh", "localhost":
+		errs = append(errs, fmt.Errorf("namespace %q: NAME.%s is no name of a service to callers: want another one", namespace, namespace))
+	}
+	if service == "localhost" {
+		errs = append(errs, fmt.Errorf("service %q: it names the machine itself and never a service: want another name", service))
+	}
+	return errors.Join(errs...)
+}
+
 func checkAs(what, name string) error {
 	if err := CheckName(name); err != nil {
-		return fmt.Errorf("%s %q: %w", what, name, err)
+		return fmt.Errorf("%s %.80q: %w", what, name, err) // it may come from the wire
 	}
 	return nil
 }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -17,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/inlay-mesh/inlay/controlplane/workload/attest"
+	"github.com/inlay-mesh/inlay/identity"
 	"github.com/inlay-mesh/inlay/xds/meshpb/adminpb"
 	"github.com/inlay-mesh/inlay/xds/meshpb/reportpb"
 )
@@ -309,11 +309,11 @@ func (r *Reports) identify(caller attest.Caller) (who, error) {
 	if td := caller.ID.TrustDomain().Name(); r.cfg.TrustDomain != "" && td != r.cfg.TrustDomain {
 		return who{}, status.Errorf(codes.PermissionDenied, "the caller %s is of trust domain %s: want %s", caller.ID, td, r.cfg.TrustDomain)
 	}
-	p := strings.Split(caller.ID.Path(), "/")
-	if len(p) != 5 || p[1] != "ns" || p[3] != "svc" {
+	namespace, service, ok := identity.ParseServiceID(caller.ID)
+	if !ok {
 		return who{}, status.Errorf(codes.PermissionDenied, "the caller %s is no service: want a path /ns/NAMESPACE/svc/SERVICE", caller.ID)
 	}
-	return who{p[2], p[4]}, nil
+	return who{namespace, service}, nil
 }
 
 func (r *Reports) join(caller attest.Caller, w who, hello *reportpb.Hello) (*client, error) {

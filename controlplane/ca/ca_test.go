@@ -359,6 +359,7 @@ func TestOnlyNodesMayAsk(t *testing.T) {
 		"another user":                    {attest.Caller{Local: true, UID: own + 1}, nil, codes.PermissionDenied},
 		"root, who is not listed":         {attest.Caller{Local: true, UID: 0}, []uint32{77}, codes.PermissionDenied},
 		"a workload of the own user":      {attest.Caller{Local: true, UID: own, ID: cart}, nil, codes.PermissionDenied},
+		"whom nobody knows at present":    {attest.Caller{Local: true, UID: own, Err: errors.New("the node is away")}, nil, codes.PermissionDenied},
 		"a workload over the network":     {attest.Caller{ID: cart}, nil, codes.PermissionDenied},
 		"somebody unknown over plaintext": {attest.Caller{}, nil, codes.PermissionDenied},
 	} {

@@ -31,6 +31,8 @@ func (s service) authorize(ctx context.Context) error {
 		return status.Errorf(codes.PermissionDenied, "certificate authority: %s is a workload: only a node may ask; a workload's SVID comes from the Workload API of its node", caller.ID)
 	case !caller.Local:
 		return status.Error(codes.PermissionDenied, "certificate authority: only a node on this machine may ask, over the control plane's unix socket")
+	case caller.Err != nil:
+		return status.Errorf(codes.PermissionDenied, "certificate authority: it is not known whether process %d is a workload: %v", caller.Process.PID, caller.Err)
 	}
 	return status.Errorf(codes.PermissionDenied, "certificate authority: user %d is not a node's: want one of %v; run the node as such a user", caller.UID, s.ca.uids)
 }

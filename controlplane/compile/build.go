@@ -85,18 +85,24 @@ func (b *builder) undeclaredPorts(s *object.Service) {
 			switch sp := portOf(s, pb.Port); {
 			case sp == nil:
 				b.warn(s.Pos, object.RegisteredPort, "%s: instances registered port %d, which it does not list and which gets no call: it has %s", label(s.Meta), pb.Port, portList(s))
-			case string(sp.Protocol) != pb.Protocol:
+			case string(sp.Protocol) != pb.Protocol && saysProtocol(in):
 				b.warn(sp.Pos, object.RegisteredProtocol, "%s: instances registered port %d as %s: %s, as written here, is used", label(s.Meta), pb.Port, pb.Protocol, sp.Protocol)
 			}
 		}
 	}
 }
 
+// saysProtocol reports whether what an instance registered of its protocols is its own word. Of a
+// program without the SDK it is the node's, who knows only that somebody listens.
+func saysProtocol(in registry.Instance) bool { return in.MeshTLS || in.SDKVersion != "" }
+
 // registeredPorts are the ports of a service that only its instances declare, ascending. Where
-// they disagree about a protocol, that of the first instance counts.
+// they disagree about a protocol, that of the first instance counts which says it itself.
 func (b *builder) registeredPorts(n name) []port {
 	var out []port
-	for _, in := range b.instances[n] {
+	inOrder := slices.Clone(b.instances[n])
+	slices.SortStableFunc(inOrder, func(x, y registry.Instance) int { return compareBool(saysProtocol(x), saysProtocol(y)) })
+	for _, in := range inOrder {
 		for _, pb := range in.Ports {
 			protocol, ok := protocols[object.Protocol(pb.Protocol)]
 			if !ok {
@@ -106,7 +112,7 @@ func (b *builder) registeredPorts(n name) []port {
 			switch {
 			case i < 0:
 				out = append(out, port{pb.Port, protocol})
-			case out[i].protocol != protocol:
+			case out[i].protocol != protocol && saysProtocol(in):
 				b.warn(object.Pos{}, object.RegisteredProtocol, "service %q in namespace %q: instances disagree about the protocol of port %d: declare it with a MeshService", n.service, n.namespace, pb.Port)
 			}
 		}

@@ -70,6 +70,7 @@ type Registry struct {
 	cfg  Config
 	done chan struct{} // closed when Run ends: the streams end too
 	wake chan struct{} // capacity 1: the first entry appeared
+	due  time.Time     // when Run looks next, zero for never; of its goroutine alone
 
 	mu      sync.Mutex
 	entries map[string]*entry              // by instance id
@@ -243,6 +244,14 @@ func (r *Registry) expire() (next time.Time, some bool) {
 	now := r.cfg.Clock.Now()
 	var gone []Instance
 	r.mu.Lock()
+	// Nobody could renew while this process itself stood still (stopped, a frozen machine). As after
+	// a restart, everybody gets a fresh lease: that all would be dropped at once is no fault of theirs.
+	if late := now.Sub(r.due); !r.due.IsZero() && late > r.cfg.LeaseTTL/3 {
+		for _, e := range r.entries {
+			e.inst.Expires = now.Add(r.cfg.LeaseTTL)
+		}
+		r.cfg.Log.Warn("every lease begins anew: the control plane stood still", "for", late)
+	}
 	for id, e := range r.entries {
 		if !e.inst.Expires.After(now) {
 			r.unset(id)
@@ -254,6 +263,7 @@ func (r *Registry) expire() (next time.Time, some bool) {
 			next, some = e.inst.Expires, true
 		}
 	}
+	r.due = next
 	r.mu.Unlock()
 	for _, in := range gone {
 		r.cfg.Log.Warn("instance dropped: its lease ended", "namespace", in.Namespace, "service", in.Service, "instance", in.ID)
@@ -287,10 +297,6 @@ func (r *Registry) put(in Instance, o *owner) error {
 	in.Expires = r.cfg.Clock.Now().Add(r.cfg.LeaseTTL)
 	if err := r.insert(in, o); err != nil {
 		return err
-	}
-	select {
-	case r.wake <- struct{}{}:
-	default:
 	}
 	r.flush()
 	return nil
@@ -331,6 +337,12 @@ func (r *Registry) insert(in Instance, o *owner) error {
 	}
 	r.set(&entry{inst: in, owner: o})
 	r.note(in.ID)
+	if len(r.entries) == 1 { // else Run waits for an earlier one
+		select {
+		case r.wake <- struct{}{}:
+		default:
+		}
+	}
 	return nil
 }
 
@@ -360,14 +372,17 @@ func (r *Registry) release(id string, o *owner) {
 func (r *Registry) drain(ctx context.Context, id string, o *owner) bool {
 	r.mu.Lock()
 	e, ok := r.entries[id]
-	if !ok || e.owner != o {
+	switch {
+	case ok && e.owner != o:
 		r.mu.Unlock()
-		return true // gone already
+		return false // another stream has it
+	case ok:
+		e.inst.Draining = true
+		// The lease may not end under the wait.
+		e.inst.Expires = r.cfg.Clock.Now().Add(r.cfg.LeaseTTL + r.cfg.DrainWait)
+		r.note(id)
 	}
-	e.inst.Draining = true
-	// The lease may not end under the wait.
-	e.inst.Expires = r.cfg.Clock.Now().Add(r.cfg.LeaseTTL + r.cfg.DrainWait)
-	r.note(id)
+	// One that was drained before is gone from here, not from every client.
 	r.mu.Unlock()
 	r.flush()
 

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -373,15 +374,16 @@ func TestRefused(t *testing.T) {
 		"another service": {cart, instance(nil), codes.PermissionDenied, "/svc/cart and may not register for orders.default"},
 		"another namespace": {orders, instance(func(in *registrypb.Instance) { in.Namespace = "shop" }), codes.PermissionDenied,
 			"want the SPIFFE ID path /ns/shop/svc/orders"},
-		"another trust domain":             {foreign, instance(nil), codes.PermissionDenied, "want inlay.local"},
-		"nobody over the network":          {attest.Caller{}, instance(nil), codes.Unauthenticated, "needs an identity"},
-		"a local process outside any run":  {attest.Caller{Local: true, UID: 1000}, instance(program), codes.Unauthenticated, "inlay run --service orders"},
-		"the node may not claim mesh TLS":  {node, instance(nil), codes.Unauthenticated, "cannot speak mesh TLS"},
-		"why there is no identity is said": {attest.Caller{Local: true, UID: 1000, Err: errors.New("the node is down")}, instance(nil), codes.Unauthenticated, "the node is down"},
-		"renew first":                      {orders, renew, codes.FailedPrecondition, "renew before instance"},
-		"drain first":                      {orders, drain, codes.FailedPrecondition, "drain before instance"},
-		"an empty request":                 {orders, &registrypb.RegisterRequest{}, codes.InvalidArgument, "want instance, renew or drain"},
-		"an empty instance":                {orders, &registrypb.RegisterRequest{Kind: &registrypb.RegisterRequest_Instance{}}, codes.InvalidArgument, "instance_id"},
+		"another trust domain":                 {foreign, instance(nil), codes.PermissionDenied, "want inlay.local"},
+		"nobody over the network":              {attest.Caller{}, instance(nil), codes.Unauthenticated, "needs an identity"},
+		"a local process outside any run":      {attest.Caller{Local: true, UID: 1000}, instance(program), codes.Unauthenticated, "inlay run --service orders"},
+		"the node may not claim mesh TLS":      {node, instance(nil), codes.Unauthenticated, "cannot speak mesh TLS"},
+		"why there is no identity is said":     {attest.Caller{Local: true, UID: 1000, Err: errors.New("the node is down")}, instance(nil), codes.Unauthenticated, "the node is down"},
+		"nor may one that could be a workload": {attest.Caller{Local: true, UID: 500, Err: errors.New("the node is down")}, instance(program), codes.Unauthenticated, "the node is down"},
+		"renew first":                          {orders, renew, codes.FailedPrecondition, "renew before instance"},
+		"drain first":                          {orders, drain, codes.FailedPrecondition, "drain before instance"},
+		"an empty request":                     {orders, &registrypb.RegisterRequest{}, codes.InvalidArgument, "want instance, renew or drain"},
+		"an empty instance":                    {orders, &registrypb.RegisterRequest{Kind: &registrypb.RegisterRequest_Instance{}}, codes.InvalidArgument, "instance_id"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -459,6 +461,57 @@ func TestPermissiveServiceReachesProgramsWithoutSDK(t *testing.T) {
 		defer h.stop()
 		if got := h.open(node).must(instance(program)).GetRegistered().GetUnreachable(); got != "" {
 			t.Errorf("unreachable = %q", got)
+		}
+	})
+}
+
+// stoppedClock is the clock of a process that stood still for a while: time went on, and every
+// timer is late.
+type stoppedClock struct{ stood atomic.Int64 }
+
+func (c *stoppedClock) Now() time.Time { return time.Now().Add(time.Duration(c.stood.Load())) }
+
+func (*stoppedClock) AfterFunc(d time.Duration, f func()) func() bool {
+	return time.AfterFunc(d, f).Stop
+}
+
+// A control plane that was stopped for a minute (SIGSTOP, a frozen machine) drops nobody for not
+// having renewed meanwhile, and those that do not renew afterwards all the same.
+func TestLeasesOutliveAStoppedControlPlane(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clock := &stoppedClock{}
+		h := start(t, Config{Clock: clock})
+		defer h.stop()
+		s := h.open(orders)
+		s.must(instance(nil))
+		time.Sleep(5 * time.Second)
+		clock.stood.Store(int64(time.Minute))
+		time.Sleep(10 * time.Second) // when the first lease would have ended
+		synctest.Wait()
+		if got := ids(h.reg.Snapshot()); got != "i-1" {
+			t.Fatalf("instances = %q after the control plane stood still, want i-1", got)
+		}
+		s.must(renew)
+		time.Sleep(80 * time.Second)
+		synctest.Wait()
+		if got := ids(h.reg.Snapshot()); got != "" {
+			t.Errorf("instances = %q, want none: nobody renewed", got)
+		}
+	})
+}
+
+// A second drain of the same stream waits for the clients like the first: what one was not told of
+// in time is not gone from it.
+func TestASecondDrainTellsTheTruthToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := start(t, Config{WaitDrained: func(ctx context.Context, _ string) bool { <-ctx.Done(); return false }})
+		defer h.stop()
+		s := h.open(orders)
+		s.must(instance(nil))
+		for n := range 2 {
+			if d := s.must(drain).GetDrained(); d == nil || d.GetAll() {
+				t.Errorf("drain %d: %v, want that not all let go", n+1, d)
+			}
 		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 
+	"github.com/inlay-mesh/inlay/identity"
 	"github.com/inlay-mesh/inlay/xds/meshpb/registrypb"
 )
 
@@ -29,10 +30,8 @@ func decode(m *registrypb.Instance) (Instance, error) {
 	if m.GetInstanceId() == "" || len(m.GetInstanceId()) > maxID || !printable(m.GetInstanceId()) {
 		fault("instance_id %.140q: want 1 to %d visible ASCII characters", m.GetInstanceId(), maxID)
 	}
-	for _, f := range []struct{ field, value string }{{"namespace", m.GetNamespace()}, {"service", m.GetService()}} {
-		if !dnsLabel(f.value) {
-			fault("%s %.80q: want a DNS label: 1 to 63 of a-z, 0-9 and -, with a letter or digit at both ends", f.field, f.value)
-		}
+	if err := identity.CheckService(m.GetNamespace(), m.GetService()); err != nil {
+		faults = append(faults, err)
 	}
 	for _, f := range []struct {
 		field, value string
@@ -167,21 +166,6 @@ func decodeAddress(s string) (netip.AddrPort, error) {
 		return netip.AddrPort{}, errors.New("want a port, 1 to 65535")
 	}
 	return netip.AddrPortFrom(ip, a.Port()), nil
-}
-
-// dnsLabel reports whether s is a DNS label as RFC 1123, section 2.1 has them, in lower case.
-func dnsLabel(s string) bool {
-	if len(s) < 1 || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
-		return false
-	}
-	for i := range len(s) {
-		switch c := s[i]; {
-		case c >= 'a' && c <= 'z', c >= '0' && c <= '9', c == '-':
-		default:
-			return false
-		}
-	}
-	return true
 }
 
 // printable reports whether s holds nothing but visible ASCII and spaces, so that it can stand in

@@ -12,6 +12,7 @@ import (
 
 	"github.com/inlay-mesh/inlay/controlplane/workload/attest"
 	"github.com/inlay-mesh/inlay/controlplane/xdsgen"
+	"github.com/inlay-mesh/inlay/identity"
 )
 
 // Who an SDK says it is.
@@ -75,7 +76,7 @@ func identify(node *corev3.Node, caller attest.Caller, address string, cfg Confi
 	if ns == "" {
 		ns = "default"
 	}
-	if !label(ns) {
+	if identity.CheckName(ns) != nil {
 		return client{}, status.Errorf(codes.InvalidArgument,
 			"node metadata INLAY_NAMESPACE %q: want a DNS label (a-z, 0-9, '-', at most 63)", clip(ns))
 	}
@@ -83,25 +84,16 @@ func identify(node *corev3.Node, caller attest.Caller, address string, cfg Confi
 	return c, nil
 }
 
-// class reads the identity class from a SPIFFE ID of the form
-// spiffe://TRUST_DOMAIN/ns/NAMESPACE/svc/SERVICE.
+// class reads the identity class from a SPIFFE ID of a service.
 func class(id spiffeid.ID, trustDomain string) (namespace, service string, err error) {
 	if trustDomain != "" && id.TrustDomain().Name() != trustDomain {
 		return "", "", fmt.Errorf("identity %s: want one of trust domain %s", id, trustDomain)
 	}
-	p := strings.Split(id.Path(), "/")
-	if len(p) != 5 || p[1] != "ns" || p[3] != "svc" {
+	namespace, service, ok := identity.ParseServiceID(id)
+	if !ok {
 		return "", "", fmt.Errorf("identity %s: want the path /ns/NAMESPACE/svc/SERVICE", id)
 	}
-	return p[2], p[4], nil
-}
-
-// label says whether s is a DNS label (RFC 1123).
-func label(s string) bool {
-	if s == "" || len(s) > 63 || s[0] == '-' || s[len(s)-1] == '-' {
-		return false
-	}
-	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+	return namespace, service, nil
 }
 
 // clip keeps what a client sent from filling logs and statuses.

@@ -254,10 +254,6 @@ func (s *Server) follow(st *stream, added, removed []xdsgen.Key) {
 	if st.left {
 		return
 	}
-	for _, k := range removed {
-		s.dropLocked(st, k)
-		delete(st.keys, k)
-	}
 	for _, k := range added {
 		if s.index[k] == nil {
 			s.index[k] = map[*stream]struct{}{}
@@ -267,6 +263,12 @@ func (s *Server) follow(st *stream, added, removed []xdsgen.Key) {
 		if xdsgen.OnDemand(k.Type, k.Name) {
 			s.onDemand[k] = struct{}{}
 		}
+	}
+	// A request takes its subscriptions before its unsubscriptions: a name in both is not wanted, and
+	// must not stay here, where no bound counts it.
+	for _, k := range removed {
+		s.dropLocked(st, k)
+		delete(st.keys, k)
 	}
 }
 

@@ -38,7 +38,10 @@ type stream struct {
 
 	mu      sync.Mutex
 	client  client   // set before the stream joins, not written after
-	session *session // nil until the first request
+	session *session // without types until the first request
+	// unindexed is true while a request has changed the session and not yet the index: a look at
+	// the mesh in between could miss what is published next.
+	unindexed bool
 
 	summed  bool // summary holds
 	summary string
@@ -182,7 +185,7 @@ func (st *stream) request(ctx context.Context, node *corev3.Node, url string, ap
 	}
 	st.mu.Lock()
 	e, err := apply(st.session, s.now())
-	st.summed = false
+	st.summed, st.unindexed = false, true
 	st.mu.Unlock()
 	if err != nil {
 		s.log.WarnContext(ctx, "xds request refused", "node", clip(st.client.nodeID), "type", clip(url), "err", err)
@@ -190,6 +193,9 @@ func (st *stream) request(ctx context.Context, node *corev3.Node, url string, ap
 	}
 	// The index comes before the first look at the mesh: a Publish in between touches the stream.
 	s.follow(st, e.added, e.removed)
+	st.mu.Lock()
+	st.unindexed = false
+	st.mu.Unlock()
 	st.wakeUp()
 	for _, name := range e.rejected {
 		s.log.WarnContext(ctx, "resource rejected", "node", clip(st.client.nodeID), "identity", st.client.identity,
@@ -221,7 +227,7 @@ func planLocked[R any](st *stream, f func(*session, *xdsgen.Views, time.Time) []
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	views := st.server.views.Load()
-	if views == nil || st.session.types == nil || !st.session.due() {
+	if views == nil || st.session.types == nil || st.unindexed || !st.session.due() {
 		return nil, false
 	}
 	st.summed = false

@@ -51,7 +51,7 @@ type Dir struct {
 func NewDir(path string, opts Options) (*Dir, error) {
 	info, err := os.Stat(path)
 	if err != nil {
-		return nil, fmt.Errorf("configuration directory %s: %w; create it (an empty one is fine) or name another", path, cause(err))
+		return nil, fmt.Errorf("configuration directory %s: %w; create it (an empty one is fine) or name another with --config", path, cause(err))
 	}
 	if !info.IsDir() {
 		return nil, fmt.Errorf("configuration directory %s: is a file: want the directory that holds it", path)

@@ -70,7 +70,7 @@ func TestAnotherUserIsRefused(t *testing.T) {
 		t.Errorf("a process of another user below the root: %q, want PermissionDenied that says so", got)
 	}
 	got = run(t, h, "setuid", "65534", "root", "cart", "r2", "fetch")
-	if !slices.Equal(got, []string{"PermissionDenied user 65534 may not run cart.default: list the service for this user in the node's configuration"}) {
+	if !slices.Equal(got, []string{"PermissionDenied user 65534 may not run cart.default: start the node with --allow 65534=default/cart"}) {
 		t.Errorf("another user runs a service: %q, want PermissionDenied", got)
 	}
 }

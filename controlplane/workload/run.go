@@ -55,7 +55,8 @@ func (s *nodeService) Run(stream grpc.BidiStreamingServer[nodepb.RunRequest, nod
 	}
 	caller := attest.CallerFrom(ctx)
 	if !allowed(n.cfg.Users, caller.UID, start.svc) {
-		return status.Errorf(codes.PermissionDenied, "user %d may not run %s: list the service for this user in the node's configuration", caller.UID, start.svc)
+		return status.Errorf(codes.PermissionDenied, "user %d may not run %s: start the node with --allow %d=%s/%s",
+			caller.UID, start.svc, caller.UID, start.svc.namespace, start.svc.name)
 	}
 	id, err := n.id(start.svc)
 	if err != nil {

@@ -2,7 +2,6 @@ package workload
 
 import (
 	"errors"
-	"fmt"
 	"strings"
 
 	"github.com/inlay-mesh/inlay/identity"
@@ -18,18 +17,7 @@ func newService(namespace, name string) (service, error) {
 	if namespace == "" {
 		namespace = "default"
 	}
-	s := service{namespace: namespace, name: name}
-	var errs []error
-	if err := identity.CheckName(namespace); err != nil {
-		errs = append(errs, fmt.Errorf("namespace %q: %w", namespace, err))
-	}
-	if namespace == identity.ReservedNamespace {
-		errs = append(errs, fmt.Errorf("namespace %q is the mesh's own: want another one", namespace))
-	}
-	if err := identity.CheckName(name); err != nil {
-		errs = append(errs, fmt.Errorf("service %q: %w", name, err))
-	}
-	return s, errors.Join(errs...)
+	return service{namespace: namespace, name: name}, identity.CheckService(namespace, name)
 }
 
 // parseService reads NAME or NAMESPACE/NAME.

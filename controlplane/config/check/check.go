@@ -16,6 +16,7 @@ import (
 
 	"github.com/inlay-mesh/inlay/controlplane/config/object"
 	"github.com/inlay-mesh/inlay/controlplane/config/tree"
+	"github.com/inlay-mesh/inlay/identity"
 )
 
 // Object collects the findings about one object. Paths are keys and indexes from the document.
@@ -50,9 +51,6 @@ func (o *Object) add(pos object.Pos, c object.Code, path []any, format string, a
 	}
 	o.Findings = append(o.Findings, object.At(pos, c, "%s: %s", o.Label, msg))
 }
-
-// Faulty reports whether a fault was found so far.
-func (o *Object) Faulty() bool { return object.HasFaults(o.Findings) }
 
 // Required reports a fault unless something is at path.
 func (o *Object) Required(want string, path ...any) bool {
@@ -123,7 +121,6 @@ func (o *Object) Length(s string, most int, path ...any) bool {
 }
 
 var (
-	dnsLabel   = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
 	labelKey   = regexp.MustCompile(`^([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9]$`)
 	labelValue = regexp.MustCompile(`^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$`)
 	subdomain  = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
@@ -132,7 +129,7 @@ var (
 const wantLabel = "want a DNS label: lower-case letters, digits and hyphens, a letter or digit at both ends, 1 to 63 characters"
 
 // IsDNSLabel reports whether s is an RFC 1123 label.
-func IsDNSLabel(s string) bool { return len(s) <= 63 && dnsLabel.MatchString(s) }
+func IsDNSLabel(s string) bool { return identity.CheckName(s) == nil }
 
 // DNSLabel reports a name that is not an RFC 1123 label.
 func (o *Object) DNSLabel(s string, path ...any) bool {
@@ -167,7 +164,11 @@ func (o *Object) ServiceName(s string, path ...any) bool {
 
 // Namespace reports a name that no namespace can have.
 func (o *Object) Namespace(s string, path ...any) bool {
-	if s == "mesh" {
+	switch s {
+	case "localhost": // RFC 6761, section 6.3: "localhost." and any names falling within ".localhost."
+		o.Add(object.BadName, path, ` "localhost": NAME.localhost names the machine itself and never a service: want another name`)
+		return false
+	case "mesh":
 		o.Add(object.BadName, path, ` "mesh": NAME.mesh is the mesh's own suffix and would be ambiguous: want another name`)
 		return false
 	}

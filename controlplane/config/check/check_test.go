@@ -53,6 +53,15 @@ func TestDNSLabel(t *testing.T) {
 	}
 }
 
+func TestNamespace(t *testing.T) {
+	for s, want := range map[string]bool{"shop": true, "mesh": false, "localhost": false, "a.b": false} {
+		o := object(t)
+		if got := o.Namespace(s, "d"); got != want || (len(o.Findings) == 0) != want {
+			t.Errorf("Namespace(%q) = %v, findings %v; want %v", s, got, o.Findings, want)
+		}
+	}
+}
+
 func TestLabelNamesTheObject(t *testing.T) {
 	for text, want := range map[string]string{
 		"metadata: {name: a}":                     `Thing "a"`,

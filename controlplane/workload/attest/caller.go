@@ -70,7 +70,8 @@ func peerID(s tls.ConnectionState) spiffeid.ID {
 }
 
 // IsNode reports whether the caller may speak for the node: a local process of one of uids that
-// is not itself a workload. A process below `inlay run` never may, whatever its user.
+// is below no `inlay run`, whatever its user. When nobody could say whose the process is, it may
+// be a workload, and is no node either.
 func (c Caller) IsNode(uids ...uint32) bool {
-	return c.Local && c.ID.IsZero() && slices.Contains(uids, c.UID)
+	return c.Local && c.ID.IsZero() && c.Err == nil && slices.Contains(uids, c.UID)
 }
