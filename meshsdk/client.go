@@ -12,14 +12,12 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 
 	"github.com/inlay-mesh/inlay/meshsdk/internal/call"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/grpcmesh"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/route"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/tcpmesh"
-	"github.com/inlay-mesh/inlay/meshsdk/internal/telemetry"
 )
 
 // CallTrace hooks the Decision of the calls whose context carries it, by WithCallTrace.
@@ -61,7 +59,7 @@ func (m *Mesh) prepareClients(dial func(ctx context.Context, network, addr strin
 		Dial:     dial,
 		InMesh:   m.names.listener,
 		External: external,
-		Inject:   func(ctx context.Context, md metadata.MD) { m.observer.Inject(ctx, telemetry.Metadata(md)) },
+		Inject:   m.observer.Inject,
 		Log:      m.log,
 		Clock:    m.set.clock,
 	})
@@ -101,7 +99,7 @@ func (m *Mesh) Transport(base *http.Transport) http.RoundTripper {
 // connections; the client itself is the caller's to change.
 func (m *Mesh) HTTPClient() *http.Client {
 	if m.set.disabled {
-		return &http.Client{Transport: m.plainTransport(nil)}
+		return &http.Client{Transport: m.plain}
 	}
 	return &http.Client{Transport: m.http.shared()}
 }

@@ -23,9 +23,17 @@ import (
 	"github.com/inlay-mesh/inlay/xds/bootstrap"
 )
 
-// maxConfigBytes bounds one message of the control plane. gRPC's own 4 MiB is too little for the
-// endpoints of a large service.
-const maxConfigBytes = 64 << 20
+const (
+	// maxConfigBytes bounds one message of the control plane. gRPC's own 4 MiB is too little for the
+	// endpoints of a large service.
+	maxConfigBytes = 64 << 20
+	// pingAfter is the silence after which a control plane is asked whether it is there, pingTimeout
+	// how long it has to answer: one that vanished without a word is noticed within 25 s.
+	pingAfter, pingTimeout = 15 * time.Second, 10 * time.Second
+	// pingSeldom is pingAfter for a server that sent us away for asking too often: the least time that
+	// gRPC's servers admit where nobody chose another (keepalive.EnforcementPolicy.MinTime).
+	pingSeldom = 5 * time.Minute
+)
 
 // control makes the connections to the control plane. ADS owns them; registry and report share the
 // one that ADS uses.
@@ -36,12 +44,13 @@ type control struct {
 
 	mu      sync.Mutex
 	current *grpc.ClientConn
-	changed chan struct{} // closed and replaced when current is replaced
-	local   netip.Addr    // of the newest TCP connection
+	changed chan struct{}   // closed and replaced when current is replaced
+	local   netip.Addr      // of the newest TCP connection
+	seldom  map[string]bool // servers, by URI, that want few pings
 }
 
 func newControl(dialer func(ctx context.Context, network, addr string) (net.Conn, error), source identity.Source, now func() time.Time) *control {
-	return &control{dialer: dialer, source: source, now: now, changed: make(chan struct{})}
+	return &control{dialer: dialer, source: source, now: now, changed: make(chan struct{}), seldom: make(map[string]bool)}
 }
 
 // dial makes a channel to a server; ADS closes it. Nothing is sent yet.
@@ -71,10 +80,8 @@ func (c *control) dial(_ context.Context, server bootstrap.Server) (*grpc.Client
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: 10 * time.Second,
 		}),
-		// The values of grpc-go's own xDS client. A server sends away who pings more often than it
-		// allows (gRFC A8), and by default that is once in five minutes.
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 5 * time.Minute, Timeout: 20 * time.Second}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxConfigBytes)),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: c.pingAfter(server.URI), Timeout: pingTimeout}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxConfigBytes), grpc.OnFinish(func(err error) { c.ended(server.URI, err) })),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("control plane %s: %w", server.URI, err)
@@ -85,6 +92,28 @@ func (c *control) dial(_ context.Context, server bootstrap.Server) (*grpc.Client
 	close(c.changed)
 	c.changed = make(chan struct{})
 	return cc, nil
+}
+
+// pingAfter is for how long a server may be silent before it is asked whether it is there.
+func (c *control) pingAfter(uri string) time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.seldom[uri] {
+		return pingSeldom
+	}
+	return pingAfter
+}
+
+// ended hears how each stream ended. gRFC A8: a server that is pinged too often "will send a GOAWAY
+// with ENHANCE_YOUR_CALM and additional debug data of ASCII 'too_many_pings'". gRPC slows down then,
+// but for the channel only, and ADS makes a new one.
+func (c *control) ended(uri string, err error) {
+	if err == nil || !strings.Contains(err.Error(), "too_many_pings") {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seldom[uri] = true
 }
 
 // ready waits until the channel that ADS uses is connected, and returns it.

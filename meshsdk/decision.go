@@ -28,28 +28,28 @@ type AccessRecord = call.Record
 // CLI. Readers must tolerate new ones.
 type Reason = call.Reason
 
-// Reasons. Each is documented where it is produced: see ARCHITECTURE.md, section 4.
+// Reasons.
 const (
 	ReasonOK              = call.ReasonOK
-	ReasonNoRoute         = call.ReasonNoRoute
-	ReasonNoCluster       = call.ReasonNoCluster
-	ReasonNoEndpoint      = call.ReasonNoEndpoint
-	ReasonConnectFailed   = call.ReasonConnectFailed
-	ReasonReset           = call.ReasonReset
-	ReasonTimeout         = call.ReasonTimeout
-	ReasonPerTryTimeout   = call.ReasonPerTryTimeout
-	ReasonRetryExhausted  = call.ReasonRetryExhausted
-	ReasonRetryBudget     = call.ReasonRetryBudget
-	ReasonCircuitOpen     = call.ReasonCircuitOpen
-	ReasonRateLimited     = call.ReasonRateLimited
-	ReasonShed            = call.ReasonShed
-	ReasonDenied          = call.ReasonDenied
-	ReasonUnauthenticated = call.ReasonUnauthenticated
-	ReasonFault           = call.ReasonFault
-	ReasonUpstreamStatus  = call.ReasonUpstreamStatus
-	ReasonDraining        = call.ReasonDraining
-	ReasonCancelled       = call.ReasonCancelled
-	ReasonConfigMissing   = call.ReasonConfigMissing
+	ReasonNoRoute         = call.ReasonNoRoute         // the mesh has no such name, or no route of it matches
+	ReasonNoCluster       = call.ReasonNoCluster       // the route leads to nothing that exists
+	ReasonNoEndpoint      = call.ReasonNoEndpoint      // the cluster has no endpoint that can be picked
+	ReasonConnectFailed   = call.ReasonConnectFailed   // no connection could be made or trusted
+	ReasonReset           = call.ReasonReset           // the connection broke before the answer was whole
+	ReasonTimeout         = call.ReasonTimeout         // the call's deadline passed
+	ReasonPerTryTimeout   = call.ReasonPerTryTimeout   // the last attempt's own time ran out
+	ReasonRetryExhausted  = call.ReasonRetryExhausted  // the last attempt that the policy allows failed too
+	ReasonRetryBudget     = call.ReasonRetryBudget     // a retry was due, the cluster's budget was spent
+	ReasonCircuitOpen     = call.ReasonCircuitOpen     // too many calls in flight to the cluster
+	ReasonRateLimited     = call.ReasonRateLimited     // more calls than a rate limit allows
+	ReasonShed            = call.ReasonShed            // the server is overloaded
+	ReasonDenied          = call.ReasonDenied          // a policy forbids it
+	ReasonUnauthenticated = call.ReasonUnauthenticated // the caller did not prove who it is
+	ReasonFault           = call.ReasonFault           // injected on purpose
+	ReasonUpstreamStatus  = call.ReasonUpstreamStatus  // the server's handler answered with a failure
+	ReasonDraining        = call.ReasonDraining        // the server is about to leave
+	ReasonCancelled       = call.ReasonCancelled       // the caller gave up
+	ReasonConfigMissing   = call.ReasonConfigMissing   // no configuration came in time
 )
 
 // Reasons lists all, in the order above.

@@ -53,10 +53,17 @@ func (m *Mesh) plainClient(service string, opts ...grpc.DialOption) (*grpc.Clien
 // plainDialOptions make a channel without the mesh: plaintext unless the caller says otherwise, and
 // resolvers that know the variables.
 func (m *Mesh) plainDialOptions() []grpc.DialOption {
-	return []grpc.DialOption{
+	opts := []grpc.DialOption{
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithResolvers(plainResolver{m, "dns"}, plainResolver{m, "passthrough"}, plainResolver{m, "xds"}),
 	}
+	if dial := m.set.dial; dial != nil {
+		opts = append(opts, grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
+			network, addr := grpcmesh.DialTarget(addr)
+			return dial(ctx, network, addr)
+		}))
+	}
+	return opts
 }
 
 // plainResolver stands in for one scheme in the channels of a disabled Mesh.
@@ -102,7 +109,7 @@ func (doneResolver) ResolveNow(resolver.ResolveNowOptions) {}
 func (doneResolver) Close()                                {}
 
 // plainTransport is base with the addresses of the variables.
-func (m *Mesh) plainTransport(base *http.Transport) http.RoundTripper {
+func (m *Mesh) plainTransport(base *http.Transport) *http.Transport {
 	if base == nil {
 		base = http.DefaultTransport.(*http.Transport)
 	}

@@ -26,7 +26,10 @@ const (
 	stageClosed
 )
 
-var errClosed = errors.New("mesh: it is shut down: open another one")
+var (
+	errClosed = errors.New("mesh: it is shut down: open another one")
+	errCut    = errors.New("mesh: it was closed before it had drained")
+)
 
 // stoppable is a server that the Mesh ends. Both methods return when it is done; graceful may be
 // cut short by now from another goroutine.
@@ -90,8 +93,8 @@ func (m *Mesh) forget(l *tcpmesh.Listener) {
 // Mesh does not know refuse new calls, and those in flight end; what is left to report is sent;
 // everything is closed.
 //
-// When ctx ends first, the rest is closed at once and ctx's error returned. It may be called twice
-// and beside Close: all of them return when the Mesh is closed.
+// When ctx ends first, the rest is closed at once and ctx's error returned; so it is when Close is
+// called meanwhile. It may be called twice: both return when the Mesh is closed.
 func (m *Mesh) Shutdown(ctx context.Context) error {
 	if !m.stage.CompareAndSwap(stageOpen, stageDraining) {
 		select {
@@ -102,6 +105,9 @@ func (m *Mesh) Shutdown(ctx context.Context) error {
 		}
 	}
 	close(m.ended) // readiness is off
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer context.AfterFunc(m.cut, func() { stop(errCut) })()
 	m.log.Info("draining")
 	drained := true
 	if m.registrar != nil {
@@ -169,6 +175,7 @@ func (m *Mesh) Close() error {
 		<-m.closed
 		return nil
 	}
+	m.cutNow()
 	m.mu.Lock()
 	servers := m.servers
 	m.mu.Unlock()

@@ -3,10 +3,8 @@ package meshsdk
 import (
 	"cmp"
 	"slices"
-	"strings"
 
 	"github.com/inlay-mesh/inlay/meshsdk/internal/call"
-	"github.com/inlay-mesh/inlay/meshsdk/internal/endpoint"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/route"
 )
 
@@ -69,7 +67,7 @@ func (m *Mesh) dump() configDump {
 
 func dumpRoute(r *route.Route) routeDump {
 	d := routeDump{
-		RouteChoice: call.RouteChoice{Object: r.Object, Rule: r.Rule, Source: r.Source, Name: r.Name, Match: r.Label()},
+		RouteChoice: call.ChoiceOf(r),
 		Invalid:     r.Invalid,
 	}
 	for _, w := range r.Clusters {
@@ -90,22 +88,7 @@ func dumpCluster(c *call.Cluster) clusterDump {
 		d.Error = c.Err.Error()
 	}
 	for _, e := range c.All {
-		d.Endpoints = append(d.Endpoints, dumpEndpoint(e))
+		d.Endpoints = append(d.Endpoints, call.ViewOf(e))
 	}
 	return d
-}
-
-func dumpEndpoint(e *endpoint.Endpoint) call.EndpointView {
-	v := call.EndpointView{
-		Address: e.Addresses[0].String(), InstanceID: e.InstanceID, Labels: e.Labels, Locality: e.Locality(),
-		Priority: e.Priority, Excluded: e.Excluded, TLS: "plaintext",
-	}
-	if e.TLS != nil {
-		ids := make([]string, len(e.TLS.Peers))
-		for i, p := range e.TLS.Peers {
-			ids[i] = p.String()
-		}
-		v.TLS = "mtls " + strings.Join(ids, ", ")
-	}
-	return v
 }

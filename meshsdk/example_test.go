@@ -2,6 +2,7 @@ package meshsdk_test
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"log"
@@ -14,6 +15,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -297,4 +299,86 @@ func ExampleMesh_Handler() {
 	body, _ := io.ReadAll(resp.Body)
 	fmt.Print(resp.StatusCode, " ", string(body))
 	// Output: 200 ok
+}
+
+// NewServer makes a gRPC server of the mesh; a program that has its own gives it ServerOptions, last.
+func ExampleMesh_NewServer() {
+	ctx := context.Background()
+	m, err := meshsdk.Open(ctx, meshsdk.WithDisabled(true), meshsdk.WithListen("127.0.0.1:0"), meshsdk.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	lis, err := m.Listen(ctx, 8080)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	srv := m.NewServer(grpc.MaxRecvMsgSize(1 << 20))
+	healthpb.RegisterHealthServer(srv, health.NewServer())
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(lis) }()
+	fmt.Println(m.Shutdown(ctx)) // stops what NewServer made, gracefully
+	fmt.Println(<-served)
+	// Output:
+	// <nil>
+	// <nil>
+}
+
+func ExampleMesh_ServerOptions() {
+	m, err := meshsdk.Open(context.Background(), meshsdk.WithDisabled(true))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer m.Close()
+	srv := grpc.NewServer(append([]grpc.ServerOption{grpc.MaxConcurrentStreams(100)}, m.ServerOptions()...)...)
+	healthpb.RegisterHealthServer(srv, health.NewServer())
+	fmt.Println(len(srv.GetServiceInfo()))
+	// Output: 1
+}
+
+// A handler learns who calls from the connection, never from a header.
+func ExampleMesh_Middleware() {
+	orders := exampleHTTP()
+	defer orders.Close()
+	m := exampleMesh(orders.Listener.Addr().String(), false)
+	defer m.Close()
+
+	h := m.Middleware(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		id, ok := meshsdk.PeerFromContext(r.Context())
+		fmt.Printf("%q %v %q\n", id, ok, r.Header.Get("X-Forwarded-Client-Cert"))
+	}))
+	r := httptest.NewRequest(http.MethodGet, "http://cart/", nil)
+	r.Header.Set("X-Forwarded-Client-Cert", "URI=spiffe://inlay.local/ns/default/svc/admin")
+	h.ServeHTTP(httptest.NewRecorder(), r)
+	// Output: "" false ""
+}
+
+// For connections that a program makes itself: the SVID of this workload, and a peer that must be who
+// is named.
+func ExampleMesh_TLSConfig() {
+	m, err := meshsdk.Open(context.Background(), meshsdk.WithDisabled(true))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer m.Close()
+	cfg := m.TLSConfig(spiffeid.RequireFromString("spiffe://inlay.local/ns/default/svc/db"))
+	fmt.Println(tls.VersionName(cfg.MinVersion))
+	// Output: TLS 1.3
+}
+
+func ExampleMesh_Status() {
+	orders := exampleHTTP()
+	defer orders.Close()
+	m := exampleMesh(orders.Listener.Addr().String(), false)
+	defer m.Close()
+	if err := m.Ready(context.Background(), "orders"); err != nil {
+		fmt.Println(err)
+		return
+	}
+	st := m.Status()
+	fmt.Println(st.Service, st.Stage, st.Ready, st.Config.LoadedFrom)
+	// Output: cart open true file
 }

@@ -14,9 +14,12 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"os"
+	"os/signal"
 	"slices"
 	"strconv"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -86,6 +89,14 @@ func (ca *testCA) svid(namespace, service string) *identity.SVID {
 		ca.t.Fatal(err)
 	}
 	return svid
+}
+
+// The first signal.Notify of a process starts a goroutine that never ends; Run must not be the one to
+// start it inside a bubble of synctest.
+func init() {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGCONT)
+	signal.Stop(c)
 }
 
 // memnet is a network in memory: addresses lead to listeners.

@@ -6,8 +6,6 @@ import (
 	"net/http"
 	"sync"
 
-	"go.opentelemetry.io/otel/propagation"
-
 	"github.com/inlay-mesh/inlay/meshsdk/internal/grpcmesh"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/httpmesh"
 )
@@ -20,7 +18,7 @@ func newHTTPClients(m *Mesh, dial func(ctx context.Context, network, addr string
 		Dial:     dial,
 		InMesh:   m.names.listener,
 		External: external,
-		Inject:   func(ctx context.Context, h http.Header) { m.observer.Inject(ctx, propagation.HeaderCarrier(h)) },
+		Inject:   m.observer.Inject,
 		Log:      m.log,
 		Clock:    m.set.clock,
 	}}

@@ -15,6 +15,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/inlay-mesh/inlay/identity"
@@ -209,6 +210,70 @@ func TestWithoutAnnouncementANameGoesOutsideSoon(t *testing.T) {
 		m.HTTPClient().Get("http://api.example.org/")
 		if d := time.Since(start); d != 0 {
 			t.Errorf("the next ones waited %v", d)
+		}
+		m.Close()
+	})
+}
+
+func TestACallDoesNotWaitForNamespacesBeyondItsDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPlane(t)
+		p.stop()
+		var log []meshsdk.AccessRecord
+		m := p.open("default", "cart", meshsdk.WithAccessLog(func(r meshsdk.AccessRecord) { log = append(log, r) }))
+		cc, err := m.NewClient("orders.shop")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cc.Close()
+		for name, call := range map[string]func(context.Context) error{
+			"http": func(ctx context.Context) error {
+				req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://orders.shop/", strings.NewReader("x"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = m.HTTPClient().Do(req)
+				return err
+			},
+			"unary": func(ctx context.Context) error { return check(ctx, cc) },
+			"stream": func(ctx context.Context) error {
+				_, err := healthpb.NewHealthClient(cc).Watch(ctx, &healthpb.HealthCheckRequest{})
+				return err
+			},
+		} {
+			for what, tc := range map[string]struct {
+				end    func(context.Context) (context.Context, context.CancelFunc)
+				reason meshsdk.Reason
+				is     error
+			}{
+				"deadline": {func(ctx context.Context) (context.Context, context.CancelFunc) {
+					return context.WithTimeout(ctx, 100*time.Millisecond)
+				}, meshsdk.ReasonTimeout, context.DeadlineExceeded},
+				"cancel": {func(ctx context.Context) (context.Context, context.CancelFunc) {
+					ctx, cancel := context.WithCancel(ctx)
+					time.AfterFunc(100*time.Millisecond, cancel)
+					return ctx, cancel
+				}, meshsdk.ReasonCancelled, context.Canceled},
+			} {
+				ctx, cancel := tc.end(t.Context())
+				start := time.Now()
+				err := call(ctx)
+				took := time.Since(start)
+				cancel()
+				var me *meshsdk.Error
+				if !errors.As(err, &me) || me.Reason != tc.reason || !errors.Is(err, tc.is) {
+					t.Errorf("%s, %s: %v (%T)", name, what, err, err)
+				}
+				if took != 100*time.Millisecond {
+					t.Errorf("%s, %s: after %v, want 100 ms", name, what, took)
+				}
+				if got := log[len(log)-1]; got.Reason != tc.reason || got.Service != "orders.shop" || got.Peer != "" {
+					t.Errorf("%s, %s: record %+v", name, what, got)
+				}
+			}
+		}
+		if len(log) != 6 {
+			t.Errorf("%d records of 6 calls", len(log))
 		}
 		m.Close()
 	})

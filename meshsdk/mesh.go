@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -16,6 +17,8 @@ import (
 	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/inlay-mesh/inlay/identity"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/apply"
@@ -49,13 +52,16 @@ type Mesh struct {
 	names     *names
 	clients   *grpcmesh.Client
 	http      *httpClients
+	plain     *http.Transport // of HTTPClient in a disabled Mesh
 
 	gate    *tcpmesh.Gate
 	inbound tcpmesh.Stats
 	skins   atomic.Int32
 	stage   atomic.Int32
-	ended   chan struct{} // closed when the stage is no longer open
-	closed  chan struct{} // closed when nothing runs any more
+	ended   chan struct{}   // closed when the stage is no longer open
+	closed  chan struct{}   // closed when nothing runs any more
+	cut     context.Context // ends when Close is called
+	cutNow  context.CancelFunc
 	cancel  context.CancelFunc
 	// stopNames stops the timer that ends waiting for namespaces; nil in a disabled Mesh.
 	stopNames func() bool
@@ -109,8 +115,10 @@ func Open(ctx context.Context, opts ...Option) (*Mesh, error) {
 	}
 	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	m.cancel = cancel
+	m.cut, m.cutNow = context.WithCancel(context.Background())
 	if set.disabled {
 		m.who = self{namespace: orDefault(set.namespace), service: set.service}
+		m.plain = m.plainTransport(nil)
 		close(m.known)
 		return m, nil
 	}
@@ -187,7 +195,7 @@ func (m *Mesh) prepare() error {
 		Observer:  observer,
 		Clock:     set.callClock(),
 		Log:       m.log,
-		Missing:   m.missing,
+		Missing:   m.missingHint,
 	})
 	m.applier = apply.New(apply.Config{
 		Publish: m.engine.Publish,
@@ -306,19 +314,36 @@ func (m *Mesh) missing() error {
 	m.mu.Lock()
 	failure, loaded, client := m.failure, m.loaded, m.xds
 	m.mu.Unlock()
-	switch {
-	case failure != nil:
+	if failure != nil {
 		return failure
+	}
+	var away error // the control plane, or what it refused us for
+	if client != nil {
+		away = client.Status().Err
+	}
+	code := status.Code(away)
+	denied := code == codes.PermissionDenied || code == codes.Unauthenticated
+	switch _, err := m.source.Current(); {
+	case err != nil && (denied || m.expectsIdentity() && !loaded):
+		return errors.Join(err, away)
 	case loaded:
 		return nil
-	case client == nil:
-		_, err := m.source.Current()
-		return err
-	}
-	if st := client.Status(); st.Err != nil {
-		return fmt.Errorf("control plane from %s: %w", m.set.boot.Source, st.Err)
+	case away != nil:
+		return fmt.Errorf("control plane from %s: %w", m.set.boot.Source, away)
 	}
 	return fmt.Errorf("control plane from %s has not answered yet", m.set.boot.Source)
+}
+
+// missingHint is missing with what to do about it, where that is known.
+func (m *Mesh) missingHint() (hint string, why error) {
+	why = m.missing()
+	switch {
+	case !errors.Is(why, identity.ErrNoIdentity):
+		return "", why
+	case m.expectsIdentity() && !errors.Is(why, identity.ErrDenied):
+		return "it has no identity, since nothing answers at its SPIFFE_ENDPOINT_SOCKET: is `inlay dev` or `inlay node` running?", why
+	}
+	return "it has no identity: start the program with `inlay run --service NAME -- PROGRAM`", why
 }
 
 // TLSConfig is for connections that a program makes or accepts itself, without clients or listeners

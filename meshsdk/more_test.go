@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -137,6 +138,7 @@ func testModeOfAPort(t *testing.T) {
 	if got, err := ask(tls.Client(c, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}})); err == nil {
 		t.Errorf("TLS with a foreign SVID: %q", got)
 	}
+	synctest.Wait() // a server counts after the alert that its client has seen
 	counts := server.Status().Connections
 	if counts.MTLS != 2 || counts.Plaintext != 1 || counts.Refused != 2 || counts.Failed != 2 {
 		t.Errorf("counts: %+v", counts)
@@ -321,6 +323,32 @@ func TestDrainWaitsFiveSecondsForASilentRegistry(t *testing.T) {
 		}
 		if got := time.Since(start); got < 5*time.Second || got > 7*time.Second {
 			t.Errorf("drained after %v, want 5 s", got)
+		}
+	})
+}
+
+func TestCloseCutsAShutdownShort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPlane(t)
+		p.holdDrain = true
+		m := p.open("default", "orders")
+		lis, err := m.Listen(t.Context(), 8080)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := m.NewServer()
+		healthpb.RegisterHealthServer(s, &orders{})
+		go s.Serve(lis)
+		p.registered(1)
+		ended := make(chan error)
+		start := time.Now()
+		go func() { ended <- m.Shutdown(context.Background()) }()
+		synctest.Wait()
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := <-ended; err == nil || time.Since(start) != 0 {
+			t.Errorf("Shutdown: %v after %v, want an error at once", err, time.Since(start))
 		}
 	})
 }
@@ -538,6 +566,59 @@ func TestDisabled(t *testing.T) {
 	}
 	if err := m.Shutdown(t.Context()); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestDisabledSharesConnectionsAndDials(t *testing.T) {
+	mem := newMemnet()
+	var dials atomic.Int64
+	m, err := meshsdk.Open(t.Context(), meshsdk.WithDisabled(true), meshsdk.WithListener(mem.listen),
+		meshsdk.WithEnvironment(func(k string) string {
+			return map[string]string{"INLAY_ADDR_WEB": "10.0.0.1:8080", "INLAY_ADDR_ORDERS": "10.0.0.1:8081"}[k]
+		}),
+		meshsdk.WithDialer(func(ctx context.Context, network, addr string) (net.Conn, error) {
+			dials.Add(1)
+			return mem.dial(ctx, network, addr)
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	web, err := m.Listen(t.Context(), 8080)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(whoami)}
+	defer srv.Close()
+	go srv.Serve(web)
+	for range 5 {
+		resp, err := m.HTTPClient().Get("http://web/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		readAll(t, resp)
+		resp.Body.Close()
+	}
+	if n := dials.Load(); n != 1 {
+		t.Errorf("%d connections for 5 clients one after the other, want 1", n)
+	}
+	lis, err := m.Listen(t.Context(), 8081)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := m.NewServer()
+	healthpb.RegisterHealthServer(s, &orders{})
+	go s.Serve(lis)
+	cc, err := m.NewClient("orders")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cc.Close()
+	if err := check(ctxFor(t), cc); err != nil {
+		t.Error(err)
+	}
+	if n := dials.Load(); n != 2 {
+		t.Errorf("%d connections, want gRPC's by WithDialer too", n)
 	}
 }
 

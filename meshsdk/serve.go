@@ -23,7 +23,10 @@ import (
 )
 
 // NewServer returns a grpc.Server with ServerOptions and opts, which Shutdown stops gracefully and
-// Close at once. Serve it on what Listen returns, or hand it to Run.
+// Close at once. Serve it on what Listen returns, or hand it to Run. Interceptors in opts run inside
+// those of the Mesh when they are given by grpc.ChainUnaryInterceptor and grpc.ChainStreamInterceptor;
+// gRPC runs one given by grpc.UnaryInterceptor or grpc.StreamInterceptor first of all, before identity
+// headers are taken off.
 func (m *Mesh) NewServer(opts ...grpc.ServerOption) *grpc.Server {
 	interceptors, creds := m.serverOptions()
 	all := append(interceptors, opts...)

@@ -85,7 +85,7 @@ func resolve(o options, readFile func(string) ([]byte, error)) (*settings, error
 	}
 	s.stateDir = o.stateDir
 	if s.stateDir == "" {
-		s.stateDir = o.getenv("INLAY_STATE_DIR")
+		s.stateDir = env.StateDir
 	}
 	s.stateBase = stateBase(o.getenv)
 	if err := errors.Join(errs...); err != nil {

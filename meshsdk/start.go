@@ -60,6 +60,9 @@ func (m *Mesh) end() {
 		m.engine.Close()
 	}
 	m.http.close()
+	if m.plain != nil {
+		m.plain.CloseIdleConnections()
+	}
 	if m.stopNames != nil {
 		m.stopNames()
 		m.names.settle() // whoever waits finds everything closed
@@ -186,6 +189,7 @@ func (m *Mesh) firstSVID(ctx context.Context) (*identity.SVID, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
+	_, err = m.source.Current() // why, without how the wait ended
 	m.log.WarnContext(ctx, "no identity yet: configuration is asked for without one, connections that need mesh TLS fail until it comes", "err", err)
 	return nil, nil
 }

@@ -64,7 +64,7 @@ func OpenCache(cfg CacheConfig) (*Cache, error) {
 	}
 	resources, meta, err := DecodeSnapshot(b)
 	if err != nil {
-		return nil, fmt.Errorf("cache %s: %w", cfg.Path, err)
+		return nil, fmt.Errorf("cache %s: %w: remove the file; it is written anew", cfg.Path, err)
 	}
 	if meta.TrustDomain != cfg.TrustDomain || meta.SPIFFEID != cfg.SPIFFEID {
 		return nil, fmt.Errorf("cache %s belongs to %s, this workload is %s: remove the file, or give each service its own INLAY_STATE_DIR",

@@ -183,9 +183,9 @@ func TestRefusedCaches(t *testing.T) {
 		"another identity": {xds.EncodeSnapshot(nil, xds.Meta{TrustDomain: td, SPIFFEID: "spiffe://inlay.local/ns/default/svc/orders"}), 0o600,
 			[]string{"svc/orders", "svc/cart", "INLAY_STATE_DIR"}},
 		"another trust domain": {xds.EncodeSnapshot(nil, xds.Meta{TrustDomain: "other", SPIFFEID: own}), 0o600, []string{`"other"`, `"inlay.local"`}},
-		"a newer format":       {version(2), 0o600, []string{"newer", "update the program"}},
+		"a newer format":       {version(2), 0o600, []string{"newer", "this program reads (1; update it)", "remove the file"}},
 		"an older format":      {version(0), 0o600, []string{"older", "remove the file"}},
-		"damage":               {flip, 0o600, []string{"checksum", "remove it"}},
+		"damage":               {flip, 0o600, []string{"checksum", "remove the file"}},
 		"another file":         {[]byte("hello"), 0o600, []string{"not a configuration snapshot", "remove the file"}},
 		"open to others":       {good, 0o644, []string{"mode 0644", "0600"}},
 	} {

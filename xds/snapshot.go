@@ -84,26 +84,27 @@ func EncodeSnapshot(resources []RawResource, meta Meta) []byte {
 	return append(out, p...)
 }
 
-// DecodeSnapshot reads what EncodeSnapshot wrote. It never panics; errors end in the remedy.
+// DecodeSnapshot reads what EncodeSnapshot wrote. It never panics. What to do about
+// a fault depends on who wrote the file: the caller says it.
 func DecodeSnapshot(b []byte) ([]RawResource, Meta, error) {
 	var meta Meta
 	if len(b) < snapshotHeader || string(b[:len(snapshotMagic)]) != snapshotMagic {
-		return nil, meta, errors.New("not a configuration snapshot of Inlay (wrong first bytes): remove the file; it is written anew")
+		return nil, meta, errors.New("not a configuration snapshot of Inlay (wrong first bytes)")
 	}
 	b = b[len(snapshotMagic):]
 	switch v := binary.BigEndian.Uint32(b); {
 	case v > snapshotVersion:
-		return nil, meta, fmt.Errorf("snapshot format %d is newer than this program reads (%d): update the program, or remove the file", v, snapshotVersion)
+		return nil, meta, fmt.Errorf("snapshot format %d is newer than this program reads (%d; update it)", v, snapshotVersion)
 	case v < snapshotVersion:
-		return nil, meta, fmt.Errorf("snapshot format %d is older than any this program reads (%d): remove the file; it is written anew", v, snapshotVersion)
+		return nil, meta, fmt.Errorf("snapshot format %d is older than any this program reads (%d)", v, snapshotVersion)
 	}
 	sum, payload := b[4:4+sha256.Size], b[4+sha256.Size:]
 	if got := sha256.Sum256(payload); !bytes.Equal(sum, got[:]) {
-		return nil, meta, errors.New("the checksum does not match: the file is damaged; remove it, it is written anew")
+		return nil, meta, errors.New("the checksum does not match: the file is damaged")
 	}
 	resources, err := decodePayload(payload, &meta)
 	if err != nil {
-		return nil, Meta{}, fmt.Errorf("%w: remove the file; it is written anew", err)
+		return nil, Meta{}, err
 	}
 	return resources, meta, nil
 }
@@ -202,7 +203,7 @@ func LoadSnapshot(path, trustDomain, spiffeID string) (*Snapshot, error) {
 	}
 	resources, meta, err := DecodeSnapshot(b)
 	if err != nil {
-		return nil, fmt.Errorf("configuration snapshot %s: %w", path, err)
+		return nil, fmt.Errorf("configuration snapshot %s: %w: write it anew with `inlay compile DIR --for SERVICE -o %s`", path, err, path)
 	}
 	if err := meta.bound(trustDomain, spiffeID); err != nil {
 		return nil, fmt.Errorf("configuration snapshot %s: %w: compile it for this service", path, err)

@@ -41,8 +41,12 @@ func addBuckets(sum, more []uint64) []uint64 {
 	return sum
 }
 
-// minus is what came since an older tally of the same edge.
+// minus is what came since an older tally of the same edge. Sums that shrank began anew with a
+// control plane that was started again: everything in them is since.
 func (t tally) minus(old tally) tally {
+	if t.calls < old.calls || len(t.buckets) < len(old.buckets) {
+		return t
+	}
 	out := tally{t.calls - old.calls, t.failed - old.failed, t.mtls - old.mtls, slices.Clone(t.buckets)}
 	for i, n := range old.buckets {
 		out.buckets[i] -= n

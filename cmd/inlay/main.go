@@ -62,7 +62,9 @@ func report(w io.Writer, err error) int {
 	var coded *exitError
 	if errors.As(err, &coded) {
 		code = coded.code
-		err = coded.err
+		if coded.err == nil {
+			err = nil
+		}
 	}
 	if err != nil {
 		fmt.Fprintf(w, "%s%v\n", reportPrefix, err)

@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
@@ -98,14 +100,24 @@ func yamlOf(raw []byte) ([]byte, error) {
 	return yaml.Marshal(&n)
 }
 
+// unflow takes brackets and quotes away where YAML needs none: the encoder puts back what it needs.
 func unflow(n *yaml.Node) {
-	n.Style &^= yaml.FlowStyle | yaml.DoubleQuotedStyle
-	if n.Kind == yaml.ScalarNode && n.Tag == "!!str" {
-		n.Style = 0 // the encoder quotes what needs it
+	n.Style &^= yaml.FlowStyle
+	if n.Kind == yaml.ScalarNode && legible(n.Value) {
+		n.Style = 0
 	}
 	for _, c := range n.Content {
 		unflow(c)
 	}
+}
+
+// legible says whether a string survives as a plain or a block scalar. The encoder writes blocks that
+// begin with a tab or hold one as indentation, which no parser takes back; such strings stay quoted.
+func legible(s string) bool {
+	if strings.HasPrefix(s, " ") || strings.HasPrefix(s, "\n") {
+		return false
+	}
+	return !strings.ContainsFunc(s, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) })
 }
 
 // dash stands for an empty cell.

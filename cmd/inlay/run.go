@@ -90,6 +90,11 @@ func (f *runFlags) registration() (registration, error) {
 	if f.version != "" {
 		r.labels["version"] = f.version
 	}
+	for k, v := range r.labels { // INLAY_LABELS separates them so
+		if strings.Contains(k+v, ",") {
+			return r, usageError(fmt.Errorf("--label %q: want no comma in it; --label may be repeated", k+"="+v))
+		}
+	}
 	if f.port != "" {
 		service, local, split := strings.Cut(f.port, ":")
 		if !split {
@@ -236,10 +241,11 @@ func environment(base []string, r registration, workloadSocket, controlPlane str
 		slices.Sort(pairs)
 		set["INLAY_LABELS"] = strings.Join(pairs, ",")
 	}
+	nested := lookup(base, "INLAY_RUN_ID") != "" // below another run, whose labels are not ours
 	env := slices.DeleteFunc(slices.Clone(base), func(kv string) bool {
 		k, _, _ := strings.Cut(kv, "=")
 		_, ours := set[k]
-		return ours
+		return ours || nested && k == "INLAY_LABELS"
 	})
 	for k, v := range set {
 		env = append(env, k+"="+v)

@@ -42,7 +42,7 @@ func TestUnary(t *testing.T) {
 	mesh.Apply(service("greeter", "GRPC"))
 	client := mesh.Open("web")
 	serveGreeter(t, mesh.Open("greeter"))
-	compare(t, overMesh(t, "sdk", client, "greeter"), plain(t, mesh), 1.4, 1, 16, 64)
+	compare(t, overMesh(t, "sdk", client, "greeter"), plain(t, mesh), 1.15, 1, 16, 64)
 }
 
 type greeter struct {
@@ -70,6 +70,9 @@ func serveGreeter(t *testing.T, m *meshsdk.Mesh) {
 // overMesh calls it: mutual TLS, routing, retries, timeout, metrics.
 func overMesh(t *testing.T, name string, client *meshsdk.Mesh, service string) variant {
 	t.Helper()
+	if err := client.Ready(t.Context(), service); err != nil {
+		t.Fatal(err)
+	}
 	conn, err := client.NewClient(service)
 	if err != nil {
 		t.Fatal(err)

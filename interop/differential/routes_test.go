@@ -1,6 +1,7 @@
 package differential
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"math"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+
+	"github.com/inlay-mesh/inlay/meshsdk"
 )
 
 // split is what became of the calls that a split decided on, summed over tables: of each, whether
@@ -34,6 +37,7 @@ func (s *split) add(arms []backend, took string) {
 type tally struct {
 	exact  int // calls that could go to one target only, or fail
 	failed int // of these
+	early  int // calls of grpc-go in the moment after an update, made again
 	splits map[string]*split
 	// reached are the servers that each client has called, by target.
 	reached map[string]map[string]bool
@@ -62,6 +66,14 @@ func (y *tally) compare(t *testing.T, tb table, p probe, conns map[string]*grpc.
 	}
 	for _, c := range clients {
 		got, err := call(t, conns[c], p)
+		// Documented in docs/xds.md: grpc-go takes new routes a moment before its balancer has the
+		// clusters they name, and calls of that moment fail. Ours may not.
+		for again := time.Now().Add(patience); c == clients[0] && err != nil && strings.Contains(err.Error(), "unknown cluster selected for RPC"); got, err = call(t, conns[c], p) {
+			y.early++
+			if time.Now().After(again) {
+				t.Fatalf("%s: %v", c, err)
+			}
+		}
 		target := targetOf(got)
 		y.reached[c][got] = true
 		if !slices.ContainsFunc(arms, func(b backend) bool { return b.target == target }) {
@@ -83,6 +95,9 @@ func (y *tally) check(t *testing.T) {
 			t.Errorf("%s: the first arm of splits took %.0f of %.0f calls, want %.1f within %.1f", c, s.hits, s.calls, s.mean, limit)
 		}
 	}
+	if y.early > 0 {
+		t.Logf("%s: %d calls failed in the moment after an update and were made again", clients[0], y.early)
+	}
 	a, b := y.reached[clients[0]], y.reached[clients[1]]
 	if !maps.Equal(a, b) {
 		t.Errorf("answers: %s %v, %s %v", clients[0], slices.Sorted(maps.Keys(a)), clients[1], slices.Sorted(maps.Keys(b)))
@@ -100,6 +115,7 @@ func (y *tally) check(t *testing.T) {
 // reach the same servers and fail with the same code: exactly where one answer is possible, by
 // weight where a split decides.
 func TestRandomTables(t *testing.T) {
+	t.Parallel()
 	const tables, calls = 300, 20
 	r := seeded(t)
 	f := newFixture(t)
@@ -123,8 +139,9 @@ func TestRandomTables(t *testing.T) {
 }
 
 // TestTablesReplaced: the same while one service's routes are replaced under open channels. Each
-// table begins with a rule of its own by which the test sees that a client has it.
+// table begins with a call of its own by which the test sees that a client has it.
 func TestTablesReplaced(t *testing.T) {
+	t.Parallel()
 	const tables, calls = 40, 30
 	r := seeded(t)
 	f := newFixture(t)
@@ -132,17 +149,13 @@ func TestTablesReplaced(t *testing.T) {
 	var conns map[string]*grpc.ClientConn
 	for i := range tables {
 		tb := randomTable(r, "moving")
-		seen := probe{path: "/" + fmt.Sprintf("a.name.longer.than.any.other.v%d", i) + "/Seen"}
-		mark := rule{object: "a-mark", matches: []match{{service: seen.path[1 : len(seen.path)-len("/Seen")], method: "Seen"}}, backends: []backend{{"d", 1}}}
-		unseen := rule{object: "a-mark", matches: []match{{method: "Seen"}}, backends: []backend{{"a.v1", 1}}}
+		method := fmt.Sprintf("v%d", i)
+		seen := probe{path: "/mark/" + method}
+		mark, other := match{service: "mark", method: method}, match{service: "mark"}
 		if tb.http {
-			mark.matches, unseen.matches = []match{{path: seen.path}}, []match{{path: "/", prefix: true}}
+			mark, other = match{path: seen.path}, match{path: "/mark", prefix: true}
 		}
-		tb.rules = append([]rule{mark, unseen}, tb.rules...)
-		if tb.http { // its prefix takes what nothing else does
-			tb.rules[1] = tb.rules[0]
-			tb.rules = tb.rules[1:]
-		}
+		tb.rules = append([]rule{{"a-mark", []match{mark}, []backend{{"d", 1}}}, {"a-mark", []match{other}, []backend{{"a.v1", 1}}}}, tb.rules...)
 		f.mesh.Apply(f.files, tb.yaml(f.root))
 		if conns == nil {
 			conns = f.dial(tb.service)
@@ -165,4 +178,40 @@ func TestTablesReplaced(t *testing.T) {
 	}
 	f.hangUp(conns)
 	y.check(t)
+}
+
+// TestDocumentedDifferences holds what docs/xds.md says of the two clients to what they do.
+func TestDocumentedDifferences(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	content := table{service: "content", rules: []rule{
+		{object: "content", matches: []match{{headers: [][2]string{{"content-type", "application/grpc"}}}}, backends: []backend{{"a.v1", 1}}},
+		{object: "content", backends: []backend{{"a.v2", 1}}},
+	}}
+	closed := strings.Replace(table{service: "closed"}.yaml(f.root), "permissive", "strict", 1)
+	to := table{service: "through", rules: []rule{{object: "through", backends: []backend{{"closed", 1}}}}}
+	f.mesh.Apply(f.files, content.yaml(f.root), closed, to.yaml(f.root))
+	s := f.mesh.Open("closed")
+	f.mesh.Serve(s, meshsdk.GRPC(8080, s.NewServer(answer("closed"))))
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if err := f.sdk.Ready(ctx, "closed"); err != nil {
+		t.Fatal(err)
+	}
+	for name, tc := range map[string]struct{ service, stock, ours string }{
+		// gRFC A28 has content-type matched as "application/grpc"; grpc-go adds it after the match.
+		"a route by content-type":       {"content", "a-v2", "a-v1"},
+		"a backend that is strict":      {"through", "Unavailable", "closed"},
+		"the name of a service, strict": {"closed", "Unavailable", "closed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conns := f.dial(tc.service)
+			for i, want := range []string{tc.stock, tc.ours} {
+				if got, err := call(t, conns[clients[i]], probe{path: "/shop.A/Get"}); got != want {
+					t.Errorf("%s: %s (%v), want %s", clients[i], got, err, want)
+				}
+			}
+			f.hangUp(conns)
+		})
+	}
 }

@@ -57,7 +57,7 @@ var (
 	targetNames  = []string{"a.v1", "a.v2", "b.v1", "b.v2", "c", "d", "nobody"}
 	serviceNames = []string{"shop.A", "shop.B", "shop.AB", "shop.a", "Bare"}
 	methodNames  = []string{"Get", "Set", "GetAll", "get"}
-	headerPool   = [][2]string{{"x-a", "1"}, {"X-A", "2"}, {"x-a", "1,2"}, {"x-b", "yes"}, {"content-type", "application/grpc"}, {"user-agent", "probe"}}
+	headerPool   = [][2]string{{"x-a", "1"}, {"X-A", "2"}, {"x-a", "1,2"}, {"x-b", "yes"}, {"user-agent", "probe"}}
 	probePool    = [][2]string{{"x-a", "1"}, {"x-a", "2"}, {"x-b", "yes"}, {"X-B", "yes"}, {"x-b", "no"}, {"x-c", "1"}}
 )
 
@@ -261,9 +261,6 @@ func (t table) matches(m match, p probe) bool {
 			if strings.EqualFold(x[0], h[0]) {
 				values = append(values, x[1])
 			}
-		}
-		if strings.EqualFold(h[0], "content-type") {
-			values = []string{"application/grpc"} // gRPC over HTTP/2: Content-Type
 		}
 		// gRFC A28 and RFC 9110: repeated values of a header are one value, joined by commas.
 		if len(values) == 0 || strings.Join(values, ",") != h[1] {

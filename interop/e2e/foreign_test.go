@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,11 +16,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
-	_ "google.golang.org/grpc/xds" // the stock client: resolver xds:/// and its balancers
+	"google.golang.org/grpc/status"
+	stockxds "google.golang.org/grpc/xds" // the stock client too: resolver xds:/// and its balancers
 
 	"github.com/inlay-mesh/inlay/examples/hellopb"
 )
@@ -42,10 +47,10 @@ spec:
 }
 
 // bootstrap writes the gRPC bootstrap of a service and returns its path.
-func (m *mesh) bootstrap(name string) string {
+func (m *mesh) bootstrap(name string, flags ...string) string {
 	m.t.Helper()
-	file := filepath.Join(m.dir, "bootstrap.json")
-	if _, stderr, code := m.cli("bootstrap", "--service", name, "--run-dir", m.run, "-o", file); code != 0 {
+	file := filepath.Join(m.dir, name+"-bootstrap.json")
+	if _, stderr, code := m.cli(append([]string{"bootstrap", "--service", name, "--run-dir", m.run, "-o", file}, flags...)...); code != 0 {
 		m.t.Fatalf("inlay bootstrap: exit code %d: %s", code, stderr)
 	}
 	return file
@@ -175,6 +180,88 @@ func TestGoSPIFFE(t *testing.T) {
 	}
 }
 
+// TestGoSPIFFEWatch: go-spiffe's watch, which asks once and is told ever after, sees SVIDs of 6 s
+// replaced at half of their life: other serials, the same identity, each valid when it comes.
+func TestGoSPIFFEWatch(t *testing.T) {
+	m := newMesh(t, nil, "--svid-ttl", "6s")
+	p := m.program("shop", "", "go-spiffe-watch")
+	p.await("three serials", func(lines []string) bool { return len(serials(lines)) >= 3 })
+	p.stop()
+	if errs := p.errors(); len(errs) > 0 {
+		t.Errorf("the watch saw errors: %q", errs)
+	}
+}
+
+// serials are the different ones of the SVIDs that a program said it was given.
+func serials(lines []string) map[string]bool {
+	out := map[string]bool{}
+	for _, l := range lines {
+		var e event
+		if json.Unmarshal([]byte(l), &e) == nil && e.Kind == "svid" {
+			out[e.Text] = true
+		}
+	}
+	return out
+}
+
+// svidWatcher says what go-spiffe's watch tells it.
+type svidWatcher struct{}
+
+func (svidWatcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	svid := c.DefaultSVID()
+	leaf := svid.Certificates[0]
+	_, _, err := x509svid.Verify(svid.Certificates, c.Bundles)
+	switch want := "spiffe://inlay.local/ns/default/svc/shop"; {
+	case err != nil:
+		say(event{Kind: "error", Text: fmt.Sprintf("serial %v: %v", leaf.SerialNumber, err)})
+	case svid.ID.String() != want:
+		say(event{Kind: "error", Text: fmt.Sprintf("serial %v: identity %s, want %s", leaf.SerialNumber, svid.ID, want)})
+	default:
+		say(event{Kind: "svid", Text: leaf.SerialNumber.String()})
+	}
+}
+
+func (svidWatcher) OnX509ContextWatchError(err error) {
+	if status.Code(err) != codes.Canceled { // the end of the program
+		say(event{Kind: "error", Text: err.Error()})
+	}
+}
+
+// TestStockServer: a stock gRPC server gets no listener on the plaintext port, where nobody shows
+// who they are: it accepts no call and says so, and `inlay get clients` says why. Below `inlay run`
+// and by the unix socket, where the kernel says whose it is, it serves a permissive service.
+func TestStockServer(t *testing.T) {
+	m := newMesh(t, stockMesh())
+	nobody := m.stock("stock-server")
+	somebody := m.program("greeter", "v1", "stock-server", "GRPC_XDS_BOOTSTRAP="+m.bootstrap("greeter", "--server", "unix:"+filepath.Join(m.run, "controlplane.sock")))
+	if e := somebody.event("mode"); !strings.HasPrefix(e.Text, "SERVING") {
+		t.Errorf("with an identity: mode %q, want SERVING", e.Text)
+	}
+	e := nobody.event("mode")
+	if !strings.HasPrefix(e.Text, "NOT_SERVING") {
+		t.Errorf("without an identity: mode %q, want NOT_SERVING", e.Text)
+	}
+	t.Logf("without an identity: %s", e.Text)
+	var clients struct {
+		Clients []struct {
+			Identity  string
+			Resources []struct{ Name, Withheld string }
+		}
+	}
+	m.jsonOf(&clients, "get", "clients", "--resources")
+	told := ""
+	for _, cl := range clients.Clients {
+		for _, r := range cl.Resources {
+			if strings.HasPrefix(r.Name, "grpc/server?") && cl.Identity == "" {
+				told = r.Withheld
+			}
+		}
+	}
+	if !strings.Contains(told, "identity") {
+		t.Errorf("inlay get clients says %q, want why the server's listener is withheld", told)
+	}
+}
+
 // foreignRole plays the roles of programs that do not use the SDK.
 func foreignRole(ctx context.Context, role string) (bool, error) {
 	switch role {
@@ -187,6 +274,14 @@ func foreignRole(ctx context.Context, role string) (bool, error) {
 		}
 		say(event{Kind: "ready", Text: svid.ID.String()})
 		return true, nil
+	case "go-spiffe-watch":
+		err := workloadapi.WatchX509Context(ctx, svidWatcher{})
+		if ctx.Err() != nil {
+			return true, nil
+		}
+		return true, err
+	case "stock-server":
+		return true, stockServer(ctx)
 	case "stock-caller":
 		conn, err := grpc.NewClient(os.Getenv("E2E_TARGET"), grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
@@ -199,6 +294,30 @@ func foreignRole(ctx context.Context, role string) (bool, error) {
 		return true, errors.Join(err, conn.Close())
 	}
 	return false, nil
+}
+
+// stockServer serves by plain xDS, and says which mode it is in once that is decided.
+func stockServer(ctx context.Context) error {
+	s, err := stockxds.NewGRPCServer(stockxds.ServingModeCallback(func(_ net.Addr, a stockxds.ServingModeChangeArgs) {
+		say(event{Kind: "mode", Text: fmt.Sprint(a.Mode, " ", a.Err)})
+	}))
+	if err != nil {
+		return err
+	}
+	hellopb.RegisterGreeterServer(s, greeter{count: func(context.Context) {}, name: "stock"})
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(lis) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		s.Stop()
+		return <-done
+	}
 }
 
 // counted makes E2E_COUNT calls, some of them with the canary header as E2E_SEED draws it, and

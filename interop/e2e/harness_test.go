@@ -256,6 +256,13 @@ func (p *proc) errors() []string {
 	return out
 }
 
+// stderrText is what was written to stderr so far.
+func (p *proc) stderrText() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.stderr.String()
+}
+
 // stop sends SIGTERM and waits for the end.
 func (p *proc) stop() {
 	p.t.Helper()

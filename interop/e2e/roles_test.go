@@ -59,8 +59,10 @@ func say(e event) {
 }
 
 func play(ctx context.Context, role string) error {
-	if done, err := foreignRole(ctx, role); done {
-		return err
+	for _, play := range []func(context.Context, string) (bool, error){foreignRole, lonelyRole} {
+		if done, err := play(ctx, role); done {
+			return err
+		}
 	}
 	level := slog.LevelWarn
 	if os.Getenv("E2E_DEBUG") != "" {
@@ -77,6 +79,8 @@ func play(ctx context.Context, role string) error {
 		err = callUntilDone(ctx, m)
 	case "once":
 		err = once(ctx, m)
+	case "misspell":
+		err = misspell(ctx, m)
 	case "counted":
 		var conn *grpc.ClientConn
 		if conn, err = m.NewClient("greeter"); err == nil {
@@ -229,7 +233,13 @@ func once(ctx context.Context, m *meshsdk.Mesh) error {
 	if err != nil {
 		return err
 	}
-	bounded, cancel := context.WithTimeout(ctx, 10*time.Second)
+	within := 10 * time.Second
+	if s := os.Getenv("E2E_WITHIN"); s != "" {
+		if within, err = time.ParseDuration(s); err != nil {
+			return err
+		}
+	}
+	bounded, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	text, err := call(bounded)
 	if err != nil {
@@ -237,6 +247,26 @@ func once(ctx context.Context, m *meshsdk.Mesh) error {
 	}
 	say(event{Kind: "ready", Text: text})
 	return nil
+}
+
+// misspell calls a service, then one whose name is not quite that, and says how long the answer took.
+func misspell(ctx context.Context, m *meshsdk.Mesh) error {
+	if err := once(ctx, m); err != nil {
+		return err
+	}
+	if err := os.Setenv("E2E_CALL", os.Getenv("E2E_WRONG")); err != nil {
+		return err
+	}
+	call, err := caller(m)
+	if err != nil {
+		return err
+	}
+	bounded, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	began := time.Now()
+	_, err = call(bounded)
+	say(event{Kind: "took", Nanos: int64(time.Since(began))})
+	return err
 }
 
 // watch calls as fast as it can and says when the answer becomes another one.

@@ -62,6 +62,8 @@ type (
 	}
 	// TimedOut says that the timer of a resource ran out.
 	TimedOut struct{ Name }
+	// Due says that a Hold has lasted long enough.
+	Due struct{ Type string }
 )
 
 func (Subscribe) event()    {}
@@ -72,6 +74,7 @@ func (Disconnected) event() {}
 func (Flush) event()        {}
 func (Response) event()     {}
 func (TimedOut) event()     {}
+func (Due) event()          {}
 
 // Received is one resource of a response.
 type Received struct {
@@ -93,12 +96,21 @@ type (
 	// StartTimer asks for TimedOut in due time; StopTimer takes that back.
 	StartTimer struct{ Name }
 	StopTimer  struct{ Name }
+	// Hold asks for Due after a wait, the longer the higher Again is (from 1): the server has sent
+	// what was rejected that many times more. EndHold takes it back.
+	Hold struct {
+		Type  string
+		Again int
+	}
+	EndHold struct{ Type string }
 )
 
 func (Send) action()       {}
 func (Deliver) action()    {}
 func (StartTimer) action() {}
 func (StopTimer) action()  {}
+func (Hold) action()       {}
+func (EndHold) action()    {}
 
 // Request is a discovery request of either variant.
 type Request struct {
@@ -143,6 +155,12 @@ type typeState struct {
 	dirty   bool            // entries and wire differ
 	nonce   string          // of the last response on this stream
 	version string          // SotW: of the last accepted response of this server
+
+	// SotW: the response of this stream that was rejected last.
+	nacked   bool
+	rejected string // its version
+	again    int    // how many times the server sent it again
+	held     string // the text of a NACK that waits; empty for none
 }
 
 type entry struct {
@@ -184,6 +202,8 @@ func (m *Machine) Step(e Event) []Action {
 		return m.response(e)
 	case TimedOut:
 		return m.timedOut(e.Name)
+	case Due:
+		return m.due(e.Type)
 	}
 	return nil
 }
@@ -232,6 +252,10 @@ func (m *Machine) disconnect() []Action {
 			t.entries[name].sent = false
 		}
 		t.opened, t.nonce = false, ""
+		if t.held != "" {
+			out = append(out, EndHold{url})
+		}
+		t.nacked, t.rejected, t.again, t.held = false, "", 0, ""
 		clear(t.wire)
 	}
 	return out
@@ -252,7 +276,7 @@ func (m *Machine) flush() []Action {
 		if m.mode == Delta {
 			out = m.flushDelta(out, t)
 		} else {
-			out = m.sendNames(out, t, t.resumeVersion(), "")
+			out = m.sendNames(out, t, t.resumeVersion(), t.held)
 		}
 	}
 	return out
@@ -301,6 +325,10 @@ func (m *Machine) flushDelta(out []Action, t *typeState) []Action {
 
 // sendNames sends a SotW request: it always carries all names.
 func (m *Machine) sendNames(out []Action, t *typeState, version, fault string) []Action {
+	if t.held != "" {
+		t.held = ""
+		out = append(out, EndHold{t.url})
+	}
 	names := slices.Sorted(maps.Keys(t.entries))
 	var asked []string
 	for _, name := range names {
@@ -401,10 +429,32 @@ func (m *Machine) response(r Response) []Action {
 	}
 	// xDS protocol, of a NACK: its version_info "indicates the most recent version that the client
 	// is using".
-	if fault == "" {
-		t.version = r.Version
+	switch {
+	case fault == "":
+		t.version, t.nacked, t.again = r.Version, false, 0
+	case !t.nacked || t.rejected != r.Version:
+		t.nacked, t.rejected, t.again = true, r.Version, 0
+	default:
+		// A server that compares version_info alone answers every NACK with what was rejected, as
+		// fast as it is told: go-control-plane's snapshot cache does. The protocol sets no time for
+		// an answer, so this one waits.
+		t.again++
+		if t.held != "" {
+			out = append(out, EndHold{t.url})
+		}
+		t.held = fault
+		return append(out, Hold{t.url, t.again})
 	}
 	return m.sendNames(out, t, t.version, fault)
+}
+
+// due sends a NACK that has waited.
+func (m *Machine) due(typeURL string) []Action {
+	t := m.types[typeURL]
+	if !m.connected || t == nil || t.held == "" {
+		return nil // sent with other news, or the stream is gone
+	}
+	return m.sendNames(nil, t, t.version, t.held)
 }
 
 // duplicates are the names that stand more than once. xDS protocol: "Clients should NACK responses

@@ -33,7 +33,7 @@ func word(typeURL string) string {
 // starts with "> " is an event, the lines below it are what the machine wants done.
 //
 //	> subscribe TYPE NAME [cached VERSION]   > unsubscribe TYPE NAME   > forget
-//	> connect delta|sotw   > disconnect   > flush   > timeout TYPE NAME
+//	> connect delta|sotw   > disconnect   > flush   > timeout TYPE NAME   > due TYPE
 //	> response TYPE nonce=N [version=V] [NAME@VERSION] [!NAME (rejected)] [!? (rejected, name unknown)] [-NAME (removed)]
 func TestConversations(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txtar")
@@ -112,6 +112,8 @@ func event(w []string) (ads.Event, error) {
 		return ads.Flush{}, nil
 	case "timeout":
 		return ads.TimedOut{Name: name()}, nil
+	case "due":
+		return ads.Due{Type: short[at(w, 1)]}, nil
 	case "response":
 		r := ads.Response{Type: short[at(w, 1)]}
 		for _, f := range w[2:] {
@@ -177,6 +179,10 @@ func text(a ads.Action) string {
 		fmt.Fprintf(&b, "start timer %s %s", word(a.Type), a.Name.Name)
 	case ads.StopTimer:
 		fmt.Fprintf(&b, "stop timer %s %s", word(a.Type), a.Name.Name)
+	case ads.Hold:
+		fmt.Fprintf(&b, "hold %s again=%d", word(a.Type), a.Again)
+	case ads.EndHold:
+		fmt.Fprintf(&b, "end hold %s", word(a.Type))
 	}
 	return b.String()
 }

@@ -46,7 +46,7 @@ type Config struct {
 	Rand           func() float64 // in [0,1), for jitter; nil means math/rand/v2
 }
 
-// Back-off between attempts: doubling from base, each wait a random half to whole of the step. The
+// Back-off between attempts, and between answers to a server that repeats what was rejected: doubling from base, each wait a random half to whole of the step. The
 // cap keeps recovery within 5 s of the server's return.
 const (
 	backoffBase = 250 * time.Millisecond
@@ -81,7 +81,8 @@ type link struct {
 	wake     chan struct{} // subscriptions have changed; capacity 1
 	send     func(Request) // nil while not connected
 	timers   map[Name]*timer
-	failed   bool // the last attempt brought nothing
+	holds    map[string]*timer // NACKs that wait, by type URL
+	failed   bool              // the last attempt brought nothing
 	since    time.Time
 	lastErr  error
 	attempts int
@@ -130,7 +131,7 @@ func New(cfg Config) (*Stream, error) {
 	}
 	s := &Stream{cfg: cfg, held: map[Name]*holding{}, active: -1, changed: make(chan struct{}, 1)}
 	for i := range cfg.Servers {
-		s.links = append(s.links, &link{index: i, machine: NewMachine(), wake: make(chan struct{}, 1), timers: map[Name]*timer{}})
+		s.links = append(s.links, &link{index: i, machine: NewMachine(), wake: make(chan struct{}, 1), timers: map[Name]*timer{}, holds: map[string]*timer{}})
 	}
 	return s, nil
 }
@@ -309,6 +310,15 @@ func (s *Stream) do(l *link, actions []Action) {
 				t.stop()
 				delete(l.timers, a.Name)
 			}
+		case Hold:
+			t := &timer{}
+			l.holds[a.Type] = t
+			t.stop = s.cfg.Clock.AfterFunc(backoff(a.Again, s.cfg.Rand()), func() { s.due(l, a.Type, t) })
+		case EndHold:
+			if t := l.holds[a.Type]; t != nil {
+				t.stop()
+				delete(l.holds, a.Type)
+			}
 		}
 	}
 }
@@ -325,6 +335,17 @@ func (s *Stream) timedOut(l *link, n Name, t *timer) {
 	if s.active < 0 || s.active == l.index {
 		s.do(l, l.machine.Step(TimedOut{n}))
 	}
+}
+
+// due ends the wait of a NACK, unless it was sent or taken back while the timer fired.
+func (s *Stream) due(l *link, typeURL string, t *timer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l.holds[typeURL] != t {
+		return
+	}
+	delete(l.holds, typeURL)
+	s.do(l, l.machine.Step(Due{typeURL}))
 }
 
 func signal(c chan struct{}) {

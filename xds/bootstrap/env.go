@@ -21,8 +21,7 @@ type Env struct {
 	Service, Namespace string
 	// Labels is INLAY_LABELS, "k=v,k=v"; nil when unset. The label "version" is the version.
 	Labels map[string]string
-	// StateDir is INLAY_STATE_DIR, where the last known good is kept; unset means
-	// $XDG_STATE_HOME/inlay, else ~/.inlay/state, else empty: nothing is kept.
+	// StateDir is INLAY_STATE_DIR, where the last known good is kept; empty when unset.
 	StateDir string
 	// Listen is INLAY_LISTEN, host:port; empty when unset.
 	Listen string
@@ -80,14 +79,6 @@ func ReadEnv(env func(string) string) (Env, error) {
 			errs = append(errs, fmt.Errorf("INLAY_DISABLED=%q: want 1 or 0", v))
 		}
 		e.Disabled = b
-	}
-	if e.StateDir == "" {
-		switch {
-		case env("XDG_STATE_HOME") != "":
-			e.StateDir = filepath.Join(env("XDG_STATE_HOME"), "inlay")
-		case env("HOME") != "":
-			e.StateDir = filepath.Join(env("HOME"), ".inlay", "state")
-		}
 	}
 	switch v := env("SPIFFE_ENDPOINT_SOCKET"); {
 	case strings.HasPrefix(v, "unix:"), strings.HasPrefix(v, "tcp://"):

@@ -10,24 +10,26 @@ import (
 	"github.com/inlay-mesh/inlay/meshsdk/internal/retry"
 )
 
-// Attempt is one try of a call. It is the context.Context of the try: the call's, with the per-try
-// timeout. The first one lies inside its Call and costs no allocation.
+// Attempt is one try of a call. It is the context.Context of the try: the call's, cut when the
+// per-try timeout passes before Commit. The first one lies inside its Call and costs no allocation.
 type Attempt struct {
 	call    *Call
 	ctx     context.Context
-	cancel  context.CancelFunc // nil when there is no per-try timeout
-	expired atomic.Bool        // see Call.expired
-	number  int
+	cancel  context.CancelCauseFunc // nil when there is no per-try timeout
+	expired atomic.Bool             // the per-try timeout has passed before Commit
+	number  int32
 	start   time.Time
+	perTry  time.Duration // zero when there is no per-try timeout
 
 	// Guarded by call.mu.
+	disarm   func() bool        // stops the timer of the per-try timeout; nil when it counts no longer
 	endpoint *endpoint.Endpoint // the last one picked
-	holding  bool               // endpoint's State is acquired
 	peer     string
-	mtls     bool
 	took     time.Duration
 	outcome  Reason
 	detail   string
+	holding  bool // endpoint's State is acquired
+	mtls     bool
 	closed   bool
 }
 
@@ -60,7 +62,7 @@ func (c *Call) Next() (*Attempt, error) {
 	if err := c.sleep(delay); err != nil {
 		return nil, err
 	}
-	a := &Attempt{call: c, number: number, start: c.engine.now()}
+	a := &Attempt{call: c, number: int32(number), start: c.engine.now()}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// gRFC A44: "each retry attempt will re-pick a subchannel that routes to the upstream cluster from
@@ -75,11 +77,57 @@ func (c *Call) Next() (*Attempt, error) {
 	return a, nil
 }
 
+// open starts the time of an attempt; c.mu is held.
 func (c *Call) open(a *Attempt) {
 	a.ctx = c.ctx
-	if c.route != nil && c.route.Retry != nil && c.route.Retry.PerTry > 0 {
-		a.ctx, a.cancel = c.engine.within(c.ctx, c.route.Retry.PerTry, a.start, &a.expired)
+	if c.route == nil || c.route.Retry == nil || c.route.Retry.PerTry <= 0 {
+		return
 	}
+	d := c.route.Retry.PerTry
+	if sooner, ok := c.ctx.Deadline(); ok && !a.start.Add(d).Before(sooner) {
+		return
+	}
+	a.perTry = d
+	// Not a context with a deadline: that could not be taken back.
+	a.ctx, a.cancel = context.WithCancelCause(c.ctx)
+	a.disarm = c.engine.clock.AfterFunc(d, a.expire)
+}
+
+// expire is the per-try timeout.
+func (a *Attempt) expire() {
+	a.call.mu.Lock()
+	late := a.disarm == nil
+	if !late {
+		a.disarm = nil
+		a.expired.Store(true)
+	}
+	a.call.mu.Unlock()
+	if !late {
+		a.cancel(context.DeadlineExceeded)
+	}
+}
+
+// Commit takes the per-try timeout back: the answer has begun and may take the time of the whole
+// call. A skin that learns of the answer only when it is complete has no use for it. It may be
+// called again; after the timeout it changes nothing.
+func (a *Attempt) Commit() {
+	a.call.mu.Lock()
+	defer a.call.mu.Unlock()
+	a.stop()
+}
+
+// stop ends the per-try timeout; call.mu is held.
+func (a *Attempt) stop() {
+	if a.disarm != nil {
+		a.disarm()
+		a.disarm = nil
+	}
+}
+
+// Until is when the attempt is cut unless Commit comes first; ok is false without a per-try timeout,
+// and with Config.Clock, whose times mean nothing to anybody else.
+func (a *Attempt) Until() (end time.Time, ok bool) {
+	return a.start.Add(a.perTry), a.perTry > 0 && !a.call.engine.timed
 }
 
 func (c *Call) sleep(d time.Duration) *Error {
@@ -108,9 +156,10 @@ func (c *Call) sleep(d time.Duration) *Error {
 func (a *Attempt) Call() *Call { return a.call }
 
 // Number counts from 0.
-func (a *Attempt) Number() int { return a.number }
+func (a *Attempt) Number() int { return int(a.number) }
 
-// Deadline, Done, Err and Value make an Attempt the context of its try.
+// Deadline, Done, Err and Value make an Attempt the context of its try. The deadline is that of the
+// call: what is told of an earlier one, a server for instance, could not be told of Commit.
 func (a *Attempt) Deadline() (time.Time, bool) { return a.ctx.Deadline() }
 
 // Done is closed when the attempt must end.
@@ -191,8 +240,9 @@ func (a *Attempt) close(r Result, at time.Time) {
 	a.release()
 	a.took = at.Sub(a.start)
 	a.outcome, a.detail = r.Reason, r.Detail
+	a.stop()
 	if a.cancel != nil {
-		a.cancel()
+		a.cancel(nil)
 	}
 }
 
@@ -223,7 +273,7 @@ func (c *Call) Retry(r Result) bool {
 	if r.Reason == "" {
 		r.Reason = ReasonOK
 	}
-	r.Reason = c.classify(a, r)
+	c.classify(a, &r)
 	at := c.engine.now()
 	a.close(r, at)
 	if r.Reason == ReasonOK || r.Committed || c.Err() != nil || c.external || c.route == nil {
@@ -257,11 +307,11 @@ func (c *Call) Retry(r Result) bool {
 	case !untouched && !c.req.Idempotent:
 		c.notes = append(c.notes, c.req.Method+" is not repeated: it may have been processed and is not idempotent")
 		return false
-	case c.retries >= int(p.Attempts):
+	case c.retries >= p.Attempts:
 		c.stop = ReasonRetryExhausted
 		return false
 	}
-	delay := p.Backoff.Delay(c.retries, c.engine.cfg.Rand())
+	delay := p.Backoff.Delay(int(c.retries), c.engine.cfg.Rand())
 	if end, ok := c.ctx.Deadline(); ok && !at.Add(delay).Before(end) {
 		// The next attempt would begin after the deadline: the failure at hand says more than a
 		// timeout would.
@@ -298,40 +348,43 @@ func (c *Call) another() bool {
 	return false
 }
 
-// classify says what lies behind a failure that a deadline of ours may have caused: gRPC and
-// net/http report it as a cancelled or broken call, and a server that was told of it by grpc-timeout
-// may answer with DEADLINE_EXCEEDED before this end has noticed.
-func (c *Call) classify(a *Attempt, r Result) Reason {
+// classify finds out whether a deadline of ours lies behind a failure: gRPC and net/http report it as
+// a cancelled or broken call, and a server that was told of it by grpc-timeout may answer with
+// DEADLINE_EXCEEDED before this end has noticed.
+func (c *Call) classify(a *Attempt, r *Result) {
+	told := false // by the server
 	switch r.Reason {
 	case ReasonCancelled, ReasonTimeout, ReasonPerTryTimeout, ReasonReset:
 	case ReasonUpstreamStatus:
 		if !c.req.GRPC || r.GRPCCode != codeDeadlineExceeded {
-			return r.Reason
+			return
 		}
+		told = true
 	default:
-		return r.Reason
+		return
 	}
 	open := a != nil && !a.closed
+	end, bounded := c.ctx.Deadline()
 	switch err := c.Err(); {
-	case errors.Is(err, context.DeadlineExceeded) || r.Reason == ReasonUpstreamStatus && c.past(c.ctx):
-		return ReasonTimeout
+	case errors.Is(err, context.DeadlineExceeded) || told && bounded && c.past(end):
+		r.Reason = ReasonTimeout
 	case err != nil:
-		return ReasonCancelled
-	case open && !r.Committed && a.cancel != nil &&
-		(errors.Is(a.Err(), context.DeadlineExceeded) || r.Reason == ReasonUpstreamStatus && c.past(a.ctx)):
-		// Once the answer has begun a skin lets it go on, and the attempt's time says nothing.
-		return ReasonPerTryTimeout
+		r.Reason = ReasonCancelled
+	case open && (a.expired.Load() || told && !r.Committed && a.disarm != nil && c.past(a.start.Add(a.perTry))):
+		r.Reason = ReasonPerTryTimeout
 	case a != nil && a.closed && a.outcome != "":
-		return a.outcome // as Retry found it
+		r.Reason = a.outcome // as Retry found it
 	}
-	return r.Reason
+	if c.req.GRPC && (r.Reason == ReasonTimeout || r.Reason == ReasonPerTryTimeout) {
+		r.GRPCCode = codeDeadlineExceeded
+	}
 }
 
-// past reports whether the deadline of ctx has been reached, be its timer late or not.
-func (c *Call) past(ctx context.Context) bool {
-	end, ok := ctx.Deadline()
-	return ok && !c.engine.now().Before(end)
-}
+// past reports whether end has been reached, be its timer late or not.
+func (c *Call) past(end time.Time) bool { return !c.engine.now().Before(end) }
 
-// codeDeadlineExceeded is the gRPC status of that name.
-const codeDeadlineExceeded = 4
+// gRPC statuses of these names.
+const (
+	codeCancelled        = 1
+	codeDeadlineExceeded = 4
+)

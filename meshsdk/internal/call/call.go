@@ -32,6 +32,9 @@ type Request struct {
 // with the span of the observer and the deadline of the route. Its methods may be called from
 // several goroutines; attempts follow one another.
 type Call struct {
+	// Observed is the observer's own: what BeginClient puts there, EndClient finds.
+	Observed any
+
 	ctx      context.Context
 	cancel   context.CancelFunc // nil when the call has no timeout of its own
 	engine   *Engine
@@ -43,7 +46,6 @@ type Call struct {
 	start    time.Time
 	expired  atomic.Bool // the call's own timeout, measured with Config.Clock, has passed
 	external bool
-	held     atomic.Int64 // bytes in the replay buffer
 
 	mu          sync.Mutex // guards what follows
 	cluster     *Cluster
@@ -52,14 +54,14 @@ type Call struct {
 	first       Attempt
 	tried       []*endpoint.Endpoint
 	triedBuf    [2]*endpoint.Endpoint
-	transparent int           // retries that no policy asked for
-	retries     int           // retries by the policy
+	transparent int32         // retries that no policy asked for
+	retries     uint32        // retries by the policy
 	delay       time.Duration // before the next attempt
 	stop        Reason        // why a retry that was due is not made
 	notes       []string      // limits that were hit, for the decision
+	held        int64         // bytes in the replay buffer
 	ended       bool
 	err         *Error
-	rec         Record
 }
 
 // Begin waits for configuration, matches the route, draws the cluster by weight once and takes a
@@ -301,25 +303,29 @@ func (c *Call) Idle() time.Duration {
 }
 
 // Reserve accounts for n more bytes kept to repeat the call. False means that the call or the Mesh
-// is over its bound: nothing was reserved, and the skin must commit to the attempt it has. It never
-// blocks. Unreserve gives all of it back before End does.
+// is over its bound, or that the call has ended: nothing was reserved, and the skin must commit to the
+// attempt it has. It never blocks. Unreserve gives all of it back before End does.
 func (c *Call) Reserve(n int) bool {
-	e := c.engine
-	if c.held.Add(int64(n)) > e.cfg.ReplayPerCall {
-		c.held.Add(-int64(n))
+	e, more := c.engine, int64(n)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended || c.held+more > e.cfg.ReplayPerCall {
 		return false
 	}
-	if e.held.Add(int64(n)) > e.cfg.ReplayTotal {
-		e.held.Add(-int64(n))
-		c.held.Add(-int64(n))
+	if e.held.Add(more) > e.cfg.ReplayTotal {
+		e.held.Add(-more)
 		return false
 	}
+	c.held += more
 	return true
 }
 
 // Unreserve gives back all that Reserve took: the call is committed and its buffer dropped.
 func (c *Call) Unreserve() {
-	if n := c.held.Swap(0); n != 0 {
-		c.engine.held.Add(-n)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.held != 0 { // nearly every call holds nothing, and the counter is everybody's
+		c.engine.held.Add(-c.held)
+		c.held = 0
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -339,6 +340,16 @@ func TestReplayBufferIsBounded(t *testing.T) {
 		t.Error("End does not give back")
 	}
 	succeed(t, a)
+	// The body of a request may be read on for a moment after the call has ended.
+	if a.Reserve(1) {
+		t.Error("a call that has ended can reserve")
+	}
+	c, d := begin(t, m, t.Context(), get("/")), begin(t, m, t.Context(), get("/"))
+	if !c.Reserve(100) || !d.Reserve(50) {
+		t.Error("bytes are lost to a call that has ended")
+	}
+	succeed(t, c)
+	succeed(t, d)
 }
 
 func TestCallTrace(t *testing.T) {
@@ -439,6 +450,17 @@ func TestAllocations(t *testing.T) {
 	}
 	if n := testing.AllocsPerRun(200, one); n > 1 {
 		t.Errorf("%v allocations a call, want 1", n)
+	}
+	// 512 is a size that the allocator has; one byte more would cost 576. The race detector makes a
+	// sync.Pool forget now and then, which is why it is not exactly that.
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range 1000 {
+		one()
+	}
+	runtime.ReadMemStats(&after)
+	if n := (after.TotalAlloc - before.TotalAlloc) / 1000; n >= 576 {
+		t.Errorf("%d bytes a call, want 512", n)
 	}
 }
 

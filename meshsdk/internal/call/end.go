@@ -2,6 +2,7 @@ package call
 
 import (
 	"errors"
+	"sync"
 	"time"
 )
 
@@ -29,7 +30,7 @@ func (c *Call) End(r Result) error {
 	if n := len(c.attempts); n > 0 {
 		a = c.attempts[n-1]
 	}
-	r.Reason = c.classify(a, r)
+	c.classify(a, &r)
 	outcome := r
 	if c.stop != "" && r.Reason != ReasonOK && r.Reason != ReasonTimeout && r.Reason != ReasonCancelled {
 		r.Reason = c.stop
@@ -49,6 +50,17 @@ func (c *Call) End(r Result) error {
 		return nil
 	}
 	return err
+}
+
+// Unwind ends a call that its skin left without End, since something below it panicked: what the call
+// holds is given back, and it is recorded. After End it does nothing.
+func (c *Call) Unwind() {
+	c.mu.Lock()
+	ended := c.ended
+	c.mu.Unlock()
+	if !ended {
+		_ = c.End(Result{Reason: ReasonCancelled, GRPCCode: codeCancelled, Committed: true, Detail: "its caller left it by a panic"})
+	}
 }
 
 // unwrap takes the result out of an error that Next gave to the skin.
@@ -76,6 +88,10 @@ func (c *Call) newError(reason Reason, r Result) *Error {
 	return e
 }
 
+// records are used again: a record is a quarter of what a call would hold, and nobody needs it once
+// EndClient has returned.
+var records = sync.Pool{New: func() any { return new(Record) }}
+
 // finish releases and records, once.
 func (c *Call) finish(r Result, err *Error, now time.Time) {
 	c.mu.Lock()
@@ -85,7 +101,7 @@ func (c *Call) finish(r Result, err *Error, now time.Time) {
 		err.Attempts = len(c.attempts)
 		c.err = err
 	}
-	rec := &c.rec
+	rec := records.Get().(*Record)
 	*rec = Record{
 		Direction: "client", Service: c.name, Reason: r.Reason, GRPC: c.req.GRPC,
 		GRPCCode: r.GRPCCode, HTTPStatus: r.HTTPStatus, Start: c.start, Duration: now.Sub(c.start),
@@ -119,6 +135,8 @@ func (c *Call) finish(r Result, err *Error, now time.Time) {
 	if c.engine.cfg.Observer != nil {
 		c.engine.cfg.Observer.EndClient(c, rec)
 	}
+	*rec = Record{}
+	records.Put(rec)
 	if t := traceOf(c.ctx); t != nil && t.Done != nil {
 		t.Done(c.Decision())
 	}

@@ -38,9 +38,10 @@ type Config struct {
 	// ReplayPerCall and ReplayTotal bound the bytes kept to repeat calls. Zero means 256 KiB a call
 	// and 16 MiB an engine; negative means none.
 	ReplayPerCall, ReplayTotal int64
-	// Missing, when not nil, says why there is no configuration at all; nil from it means that there
-	// is some. Read only for the text of config_missing.
-	Missing func() error
+	// Missing, when not nil, says why there is no configuration at all, and what to do about it; a
+	// nil error means that there is some, an empty hint that nothing better is known than to ask
+	// whether the control plane runs. Read only for the text of config_missing.
+	Missing func() (hint string, why error)
 	// Known lists names that exist beyond those of the snapshot, for hints; nil means none.
 	Known func() []string
 }
@@ -108,8 +109,10 @@ func (e *Engine) Publish(s *Snapshot) {
 	e.mu.Lock()
 	e.snapshot = s
 	e.rebuild()
-	close(e.changed)
-	e.changed = make(chan struct{})
+	if !e.closed {
+		close(e.changed)
+		e.changed = make(chan struct{})
+	}
 	var told []*watch
 	for _, in := range e.interests {
 		for w := range in.watches {
@@ -168,15 +171,18 @@ func (e *Engine) service(ctx context.Context, name string) (*Service, *Error) {
 func (e *Engine) await(ctx context.Context, name string) (*Service, *Error) {
 	in := e.hold(name)
 	if in == nil {
-		return nil, &Error{Service: name, Reason: ReasonDraining, Detail: "the mesh of this process is closed"}
+		return nil, shut(name)
 	}
 	defer e.letGo(in)
 	in.touch()
 	var late chan struct{}
 	for {
 		e.mu.Lock()
-		svc, changed := e.snapshot.Services[name], e.changed
+		svc, changed, closed := e.snapshot.Services[name], e.changed, e.closed
 		e.mu.Unlock()
+		if closed {
+			return nil, shut(name)
+		}
 		if svc != nil {
 			if svc.Err != nil {
 				return nil, e.unusable(svc)
@@ -201,6 +207,10 @@ func (e *Engine) await(ctx context.Context, name string) (*Service, *Error) {
 	}
 }
 
+func shut(name string) *Error {
+	return &Error{Service: name, Reason: ReasonDraining, Detail: "the mesh of this process is closed"}
+}
+
 func (e *Engine) missing(name string, cause error) *Error {
 	err := &Error{
 		Service: name, Reason: ReasonConfigMissing, Err: cause,
@@ -208,8 +218,11 @@ func (e *Engine) missing(name string, cause error) *Error {
 		Hint:   "`inlay status` says whether the control plane runs and this client is connected",
 	}
 	if e.cfg.Missing != nil {
-		if why := e.cfg.Missing(); why != nil {
+		if hint, why := e.cfg.Missing(); why != nil {
 			err.Detail, err.Err = "this process has no configuration at all", why
+			if hint != "" {
+				err.Hint = hint
+			}
 		}
 	}
 	return err
@@ -230,11 +243,14 @@ func (e *Engine) unusable(s *Service) *Error {
 	}
 }
 
-// Close releases every name and stops what would run later. Calls in flight end as they would; new
-// ones that need a subscription fail with draining. It may be called twice.
+// Close releases every name and stops what would run later. Calls in flight end as they would; those
+// that wait for configuration and new ones fail with draining. It may be called twice.
 func (e *Engine) Close() {
 	e.mu.Lock()
-	e.closed = true
+	if !e.closed {
+		e.closed = true
+		close(e.changed) // and never replaced: whoever waits looks again
+	}
 	if e.stopSweep != nil {
 		e.stopSweep()
 		e.stopSweep = nil

@@ -110,11 +110,11 @@ func describe(name string, svc *Service, req *Request, r *route.Route, cl *Clust
 	if whole && svc.Routes != nil {
 		_, skipped := svc.Routes.Explain(req.Request)
 		for _, s := range skipped {
-			d.Skipped = append(d.Skipped, SkippedRoute{Route: choice(s.Route), Why: s.Why})
+			d.Skipped = append(d.Skipped, SkippedRoute{Route: ChoiceOf(s.Route), Why: s.Why})
 		}
 	}
 	if r != nil {
-		chosen := choice(r)
+		chosen := ChoiceOf(r)
 		d.Route = &chosen
 		d.RequestTimeout = r.Timeout
 		if r.Retry != nil {
@@ -137,18 +137,20 @@ func describe(name string, svc *Service, req *Request, r *route.Route, cl *Clust
 		d.Cluster = cl.Name
 		if whole {
 			for _, ep := range cl.All {
-				d.Endpoints = append(d.Endpoints, endpointView(ep))
+				d.Endpoints = append(d.Endpoints, ViewOf(ep))
 			}
 		}
 	}
 	return d
 }
 
-func choice(r *route.Route) RouteChoice {
+// ChoiceOf is a route as decisions and dumps show it.
+func ChoiceOf(r *route.Route) RouteChoice {
 	return RouteChoice{Object: r.Object, Rule: r.Rule, Source: r.Source, Name: r.Name, Match: r.Label()}
 }
 
-func endpointView(ep *endpoint.Endpoint) EndpointView {
+// ViewOf is an endpoint as decisions and dumps show it.
+func ViewOf(ep *endpoint.Endpoint) EndpointView {
 	v := EndpointView{
 		Address: ep.Addresses[0].String(), InstanceID: ep.InstanceID, Labels: maps.Clone(ep.Labels),
 		Locality: ep.Locality(), Priority: ep.Priority, Excluded: ep.Excluded, TLS: "plaintext",

@@ -11,8 +11,8 @@ type Observer interface {
 	// BeginClient returns ctx, with a span in it when one is wanted. c has Method, Path and Service,
 	// not yet a route.
 	BeginClient(ctx context.Context, c *Call) context.Context
-	// EndClient is called once for each BeginClient. rec belongs to the call: it must be copied to
-	// be kept.
+	// EndClient is called once for each BeginClient. rec is the engine's again when it returns: it
+	// must be copied to be kept.
 	EndClient(c *Call, rec *Record)
 }
 
@@ -83,6 +83,8 @@ type ServerCall struct {
 	MTLS bool
 	// Start is set by BeginServer when zero.
 	Start time.Time
+	// Observed is the observer's own: what BeginServer puts there, EndServer finds.
+	Observed any
 }
 
 // ServerObserver hears of every call that a server of this process answers.

@@ -13,7 +13,7 @@ type Reason string
 // Reasons.
 const (
 	ReasonOK              Reason = "ok"
-	ReasonNoRoute         Reason = "no_route"        // the name is not of the mesh, or no route matches
+	ReasonNoRoute         Reason = "no_route"        // the mesh has no such name, or no route of it matches
 	ReasonNoCluster       Reason = "no_cluster"      // the route leads to nothing that exists
 	ReasonNoEndpoint      Reason = "no_endpoint"     // the cluster has no endpoint that can be picked
 	ReasonConnectFailed   Reason = "connect_failed"  // no connection could be made or trusted

@@ -207,12 +207,59 @@ func TestPerTryTimeoutEndsWithTheFirstAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMesh(t, call.Config{}, orders(1, retries(func(r *resource.Retry) { r.PerTry = time.Second })))
 		c := begin(t, m, t.Context(), rpc("/a/B"))
-		try(t, c)
+		a, _ := try(t, c)
+		time.Sleep(999 * time.Millisecond)
+		a.Commit()
 		time.Sleep(time.Minute)
+		a.Commit() // again is fine
+		if a.Err() != nil {
+			t.Errorf("the attempt ends with %v after its answer has begun", a.Err())
+		}
 		_ = c.End(call.Result{Reason: call.ReasonReset, GRPCCode: 14, Committed: true})
 		if rec := m.last(t); rec.Reason != call.ReasonReset {
 			t.Errorf("reason %s, want reset", rec.Reason)
 		}
+		if a.Err() == nil {
+			t.Error("the context of an attempt outlives its call")
+		}
+	})
+}
+
+// An answer that begins when the time has passed comes too late, and says so whatever the skin saw.
+func TestCommitAfterThePerTryTimeoutChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMesh(t, call.Config{}, orders(1, retries(func(r *resource.Retry) { r.PerTry = time.Second })))
+		c := begin(t, m, t.Context(), rpc("/a/B"))
+		a, _ := try(t, c)
+		<-a.Done()
+		a.Commit()
+		if !errors.Is(a.Err(), context.DeadlineExceeded) {
+			t.Errorf("the attempt ends with %v, want DeadlineExceeded", a.Err())
+		}
+		_ = c.End(call.Result{Reason: call.ReasonCancelled, GRPCCode: 1, Committed: true})
+		if rec := m.last(t); rec.Reason != call.ReasonPerTryTimeout || rec.GRPCCode != 4 {
+			t.Errorf("reason %s, code %d; want per_try_timeout, 4", rec.Reason, rec.GRPCCode)
+		}
+	})
+}
+
+// The end of an attempt is told apart from the deadline, which is the call's and cannot be moved.
+func TestTheEndOfAnAttemptIsNotItsDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMesh(t, call.Config{}, orders(1, func(c *graph.Config) {
+			retries(func(r *resource.Retry) { r.PerTry = time.Second })(c)
+			c.Routes.VirtualHosts[0].Routes[0].Timeout = 10 * time.Second
+		}))
+		start := time.Now()
+		c := begin(t, m, t.Context(), rpc("/a/B"))
+		a, _ := try(t, c)
+		if end, ok := a.Until(); !ok || end.Sub(start) != time.Second {
+			t.Errorf("the attempt ends after %v (%v), want 1s", end.Sub(start), ok)
+		}
+		if end, ok := a.Deadline(); !ok || end.Sub(start) != 10*time.Second {
+			t.Errorf("its deadline is after %v (%v), want 10s", end.Sub(start), ok)
+		}
+		succeed(t, c)
 	})
 }
 

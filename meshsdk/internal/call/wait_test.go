@@ -52,7 +52,7 @@ func TestWaitingEnds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				why := errors.New("no control plane at 10.1.2.3:15012")
-				m := newMesh(t, call.Config{Missing: func() error { return why }})
+				m := newMesh(t, call.Config{Missing: func() (string, error) { return "start one", why }})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				if tc.within > 0 {
@@ -70,12 +70,39 @@ func TestWaitingEnds(t *testing.T) {
 				if tc.want == call.ReasonConfigMissing && !errors.Is(err, why) {
 					t.Errorf("%v does not hold why there is no configuration", err)
 				}
+				if tc.want == call.ReasonConfigMissing && !strings.HasSuffix(err.Error(), "no configuration at all; start one") {
+					t.Errorf("%q does not end in the hint", err)
+				}
 				if strings.Contains(err.Error(), "10.1.2.3") {
 					t.Errorf("%q names an address", err)
 				}
 			})
 		})
 	}
+}
+
+func TestCloseEndsWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMesh(t, call.Config{})
+		for name, req := range map[string]*call.Request{"configuration": get("/"), "an endpoint": {Request: get("/").Request, WaitForReady: true}} {
+			m := m
+			if name == "an endpoint" {
+				m = newMesh(t, call.Config{}, orders(0, nil))
+			}
+			failed := make(chan error)
+			start := time.Now()
+			go func() {
+				_, err := m.Engine.Begin(t.Context(), "orders", req)
+				failed <- err
+			}()
+			synctest.Wait()
+			m.Engine.Close()
+			m.Engine.Close()
+			if err := <-failed; reasonOf(t, err) != call.ReasonDraining || time.Since(start) != 0 {
+				t.Errorf("%s: %v after %v", name, err, time.Since(start))
+			}
+		}
+	})
 }
 
 func TestANameIsSubscribedOnceAndReleasedWhenUnused(t *testing.T) {

@@ -200,6 +200,7 @@ func (b *lb) connect(ep *endpoint.Endpoint) *sub {
 	for _, a := range ep.Addresses {
 		addrs = append(addrs, resolver.Address{Addr: a.String(), Attributes: sb.link.attributes()})
 	}
+	//nolint:staticcheck // an endpoint may have several addresses, and credentials that win over a user's own
 	conn, err := b.cc.NewSubConn(addrs, balancer.NewSubConnOptions{
 		CredsBundle:   &bundle{link: sb.link, own: b.perRPC},
 		StateListener: func(s balancer.SubConnState) { b.changed(ep.Key, sb, s) },

@@ -59,8 +59,8 @@ func TestAllocationsOfACall(t *testing.T) {
 	count(inMesh)
 	own, gRPC := count(inMesh), count(plain)
 	t.Logf("%v allocations a call, gRPC alone %v", own, gRPC)
-	if own-gRPC > 12 {
-		t.Errorf("the mesh adds %v allocations to the %v of gRPC, want at most 12", own-gRPC, gRPC)
+	if own-gRPC > 5 {
+		t.Errorf("the mesh adds %v allocations to the %v of gRPC, want at most 5", own-gRPC, gRPC)
 	}
 }
 

@@ -52,7 +52,7 @@ func Describe(err error) string {
 		error
 		Origin() error
 	}
-	if errors.As(err, &wrapped) && wrapped.Origin() != nil && wrapped.Origin() != err {
+	if errors.As(err, &wrapped) && wrapped.Origin() != nil && wrapped.Origin() != err { //nolint:errorlint // not itself again
 		return Describe(wrapped.Origin())
 	}
 	return err.Error()

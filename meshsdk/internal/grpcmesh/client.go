@@ -16,7 +16,6 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/resolver"
 
 	"github.com/inlay-mesh/inlay/identity"
@@ -61,8 +60,8 @@ type Config struct {
 	InMesh func(ctx context.Context, target string) (listener string, ok bool, err error)
 	// External is for the names that are not.
 	External ExternalPolicy
-	// Inject writes the trace context of ctx into md; nil injects nothing.
-	Inject func(ctx context.Context, md metadata.MD)
+	// Inject writes the trace context of ctx into what an attempt sends; nil injects nothing.
+	Inject func(ctx context.Context, to call.Carrier)
 	Log    *slog.Logger // nil discards
 	Clock  Clock
 }
@@ -254,7 +253,7 @@ func (c *Client) undecided(ctx context.Context, ch *channel, method string, err 
 	h := &headers{ctx: ctx}
 	r := request(method, ch.name, h, nil)
 	res := call.Result{Reason: call.ReasonTimeout, GRPCCode: int(codes.DeadlineExceeded), Unsent: true, Detail: call.DetailUndecided, Err: err}
-	if errors.Is(err, context.Canceled) {
+	if errors.Is(ctx.Err(), context.Canceled) {
 		res.Reason, res.GRPCCode = call.ReasonCancelled, int(codes.Canceled)
 	}
 	return wrap(c.cfg.Engine.Refuse(ctx, ch.name, &r, res), res)

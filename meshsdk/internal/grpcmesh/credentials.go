@@ -62,7 +62,7 @@ func (l *link) within(ctx context.Context) (context.Context, context.CancelFunc)
 func (c *Client) dial(ctx context.Context, addr string) (net.Conn, error) {
 	l := linkFrom(ctx)
 	if l == nil {
-		network, addr := dialTarget(addr)
+		network, addr := DialTarget(addr)
 		return c.cfg.Dial(ctx, network, addr)
 	}
 	l.began.Store(time.Now().UnixNano())
@@ -71,9 +71,9 @@ func (c *Client) dial(ctx context.Context, addr string) (net.Conn, error) {
 	return c.cfg.Dial(ctx, "tcp", addr)
 }
 
-// dialTarget is the reverse of what gRPC gives a custom dialer: unix sockets come as a target
+// DialTarget is the reverse of what gRPC gives a custom dialer: unix sockets come as a target
 // ("unix:///run/x", "unix:x") or, abstract ones, with a leading NUL.
-func dialTarget(addr string) (network, address string) {
+func DialTarget(addr string) (network, address string) {
 	if path, ok := strings.CutPrefix(addr, "unix://"); ok {
 		return "unix", path
 	}

@@ -190,7 +190,7 @@ func (s *server) FullDuplexCall(st testpb.TestService_FullDuplexCallServer) erro
 func echo(st testpb.TestService_FullDuplexCallServer) error {
 	for {
 		m, err := st.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

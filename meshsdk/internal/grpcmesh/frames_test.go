@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -15,10 +16,12 @@ import (
 	"github.com/inlay-mesh/inlay/xds/resource"
 )
 
-// framed is a server that answers each stream by one frame or two, as refuse says, or with an OK.
+// framed is a server that answers each stream by frames, as refuse or answer says, or with an OK.
 type framed struct {
 	streams atomic.Int64
 	refuse  func(n int64) http2.ErrCode // of the nth stream from 1; 0 answers OK
+	// answer, when not nil, answers the nth stream from 1; false answers OK.
+	answer func(n int64, f *http2.Framer, stream uint32) bool
 }
 
 func (s *framed) serve(t *testing.T, l net.Listener) {
@@ -60,7 +63,12 @@ func (s *framed) conn(c net.Conn) {
 			if !fr.StreamEnded() {
 				continue
 			}
-			if code := s.refuse(s.streams.Add(1)); code != 0 {
+			nth := s.streams.Add(1)
+			if s.answer != nil {
+				if s.answer(nth, f, fr.StreamID) {
+					continue
+				}
+			} else if code := s.refuse(nth); code != 0 {
 				_ = f.WriteRSTStream(fr.StreamID, code)
 				continue
 			}
@@ -128,4 +136,52 @@ func code(is bool, c http2.ErrCode) http2.ErrCode {
 		return c
 	}
 	return 0
+}
+
+// What an attempt has received decides whether it may be repeated: response headers commit the call,
+// a status alone (gRPC over HTTP2: Trailers-Only) and an error page of something in between do not.
+func TestUnaryIsRepeatedUntilHeadersCame(t *testing.T) {
+	const grpc = "application/grpc"
+	type block []hpack.HeaderField
+	for name, tc := range map[string]struct {
+		blocks    []block // of the first stream; the last one ends it
+		wantCalls int64
+	}{
+		"a status alone":             {[]block{{{Name: ":status", Value: "200"}, {Name: "content-type", Value: grpc}, {Name: "grpc-status", Value: "14"}}}, 2},
+		"a status after headers":     {[]block{{{Name: ":status", Value: "200"}, {Name: "content-type", Value: grpc}}, {{Name: "grpc-status", Value: "14"}}}, 1},
+		"a page":                     {[]block{{{Name: ":status", Value: "503"}, {Name: "content-type", Value: "text/html"}}}, 2},
+		"a page without type":        {[]block{{{Name: ":status", Value: "503"}}}, 2},
+		"a page that says it is one": {[]block{{{Name: ":status", Value: "503"}, {Name: "content-type", Value: "text/html"}}, {{Name: "x-end", Value: "1"}}}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNetwork()
+			s := &framed{answer: func(n int64, f *http2.Framer, stream uint32) bool {
+				if n > 1 {
+					return false
+				}
+				for i, block := range tc.blocks {
+					var b bytes.Buffer
+					enc := hpack.NewEncoder(&b)
+					enc.SetMaxDynamicTableSize(0)
+					for _, h := range block {
+						_ = enc.WriteField(h)
+					}
+					_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: b.Bytes(), EndHeaders: true, EndStream: i == len(tc.blocks)-1})
+				}
+				return true
+			}}
+			addr := n.address()
+			s.serve(t, n.listenOn(addr))
+			m := newMesh(t, n, nil)
+			policy := &resource.Retry{On: []string{"unavailable"}, Attempts: 2, Base: time.Nanosecond, Max: time.Nanosecond}
+			m.publish(serviceOf("orders", retrying("c", policy), clusterOf("c", endpointAt(addr))))
+			_, err := m.test("orders").UnaryCall(ctxFor(t), &testpb.SimpleRequest{})
+			if s.streams.Load() != tc.wantCalls || (err == nil) != (tc.wantCalls > 1) {
+				t.Errorf("%d streams, %v, want %d", s.streams.Load(), err, tc.wantCalls)
+			}
+			if err != nil {
+				wantCode(t, err, codes.Unavailable, call.ReasonUpstreamStatus)
+			}
+		})
+	}
 }

@@ -8,9 +8,9 @@ import (
 	"github.com/inlay-mesh/inlay/meshsdk/internal/call"
 )
 
-// Guard is the context of an attempt, cut when the answer does not begin in time or when nothing
-// moves; an Attempt's own deadline could not be taken back when the answer begins. End must be
-// called. Its methods may be called from several goroutines; both skins use it.
+// Guard is a context that is cut when nothing moves on an attempt. End must be called. Its methods
+// may be called from several goroutines; both skins use it. A nil Guard cuts nothing: Move and End
+// do nothing.
 type Guard struct {
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -18,8 +18,7 @@ type Guard struct {
 
 	mu     sync.Mutex // guards what follows
 	moved  time.Time
-	stops  [2]func() bool // of the timers of First and Idle; nil when there is none
-	begun  bool           // the answer has begun
+	stop   func() bool // of the timer of Idle; nil when there is none
 	ended  bool
 	reason *call.Reason // why it was cut
 }
@@ -34,22 +33,8 @@ func NewGuard(clock Clock, parent context.Context) *Guard {
 	return g
 }
 
-// Context is that of the attempt.
+// Context is what Idle cuts.
 func (g *Guard) Context() context.Context { return g.ctx }
-
-// First cuts the attempt after d unless the answer has begun. Zero means never.
-func (g *Guard) First(d time.Duration) {
-	if d <= 0 {
-		return
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.after(0, d, func() {
-		if !g.begun {
-			g.cut(call.ReasonPerTryTimeout)
-		}
-	})
-}
 
 // Idle cuts the attempt when nothing has moved for d. Zero means never.
 func (g *Guard) Idle(d time.Duration) {
@@ -65,32 +50,20 @@ func (g *Guard) Idle(d time.Duration) {
 // watch looks again after wait: a message does not move the timer, which finds out how long ago
 // the last one was. g.mu is held.
 func (g *Guard) watch(d, wait time.Duration) {
-	g.after(1, wait, func() {
+	g.stop = g.clock.AfterFunc(wait, func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if g.ended {
+			return
+		}
 		if left := d - g.clock.Now().Sub(g.moved); left > 0 {
 			g.watch(d, left)
 			return
 		}
-		g.cut(call.ReasonTimeout)
-	})
-}
-
-// after calls f, under the lock, after d unless the attempt has ended. g.mu is held.
-func (g *Guard) after(slot int, d time.Duration, f func()) {
-	g.stops[slot] = g.clock.AfterFunc(d, func() {
-		g.mu.Lock()
-		defer g.mu.Unlock()
-		if !g.ended {
-			f()
-		}
-	})
-}
-
-// cut ends the attempt; g.mu is held.
-func (g *Guard) cut(reason call.Reason) {
-	if g.reason == nil {
+		reason := call.ReasonTimeout
 		g.reason = &reason
 		g.cancel()
-	}
+	})
 }
 
 // Move notes that something was sent or received.
@@ -103,14 +76,7 @@ func (g *Guard) Move() {
 	g.moved = g.clock.Now()
 }
 
-// Begin notes that the answer has begun.
-func (g *Guard) Begin() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.begun = true
-}
-
-// End stops the timers and gives why the attempt was cut, nil when it was not. It may be called
+// End stops the timer and gives why the attempt was cut, nil when it was not. It may be called
 // again.
 func (g *Guard) End() *call.Reason {
 	if g == nil {
@@ -119,11 +85,9 @@ func (g *Guard) End() *call.Reason {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.ended = true
-	for i, stop := range g.stops {
-		if stop != nil {
-			stop()
-			g.stops[i] = nil
-		}
+	if g.stop != nil {
+		g.stop()
+		g.stop = nil
 	}
 	g.cancel()
 	return g.reason

@@ -98,7 +98,10 @@ func splitPort(s string) (host, port string, ok bool) {
 	if s == "" || s[0] == '[' {
 		return "", "", false
 	}
-	host, port, _ = strings.Cut(s, ":")
+	host, port, found := strings.Cut(s, ":")
+	if !found {
+		return host, "", true
+	}
 	if p, err := strconv.ParseUint(port, 10, 16); err == nil && p != 0 {
 		return host, strconv.FormatUint(p, 10), true
 	}
@@ -124,12 +127,9 @@ func isLabel(s string) bool {
 // numeric reports whether a resolver may read the label as part of an IPv4 address: decimal, or
 // hexadecimal with 0x (WHATWG URL, "ends in a number checker").
 func numeric(label string) bool {
-	if _, err := strconv.ParseUint(label, 10, 64); err == nil {
-		return true
-	}
 	hex, ok := strings.CutPrefix(label, "0x")
 	if !ok {
-		return strings.Trim(label, "0123456789") == "" // beyond 64 bits
+		return strings.Trim(label, "0123456789") == ""
 	}
 	return strings.Trim(hex, "0123456789abcdef") == ""
 }

@@ -1,11 +1,10 @@
 package grpcmesh
 
 import (
+	"context"
 	"errors"
-	"io"
 	"strings"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -15,7 +14,7 @@ import (
 // result says what an attempt ended with, from the error of gRPC and what the picker noted.
 // answered says that response headers came, which commits the call to the attempt.
 func (t *try) result(err error, answered bool) call.Result {
-	if err == nil || err == io.EOF {
+	if err == nil || ended(err) {
 		return call.Result{Reason: call.ReasonOK, Committed: true}
 	}
 	code := status.Code(err)
@@ -35,8 +34,12 @@ func (t *try) result(err error, answered bool) call.Result {
 		r.Committed = t.attempt.Call().Route().Retry == nil
 	case t.trailer:
 		r.Reason, r.Detail = call.ReasonUpstreamStatus, ""
-	case code == codes.Canceled && (t.Err() != nil || err == grpc.ErrClientConnClosing):
+	case code == codes.Canceled && (t.Err() != nil || closing(err)):
 		r.Reason = call.ReasonCancelled
+		if errors.Is(t.Err(), context.DeadlineExceeded) {
+			// The server, which was told of the deadline, reset the stream just before this end did.
+			r.Reason, r.GRPCCode = call.ReasonTimeout, int(codes.DeadlineExceeded)
+		}
 		r.Err = errors.Join(r.Err, t.Err()) // for errors.Is
 	case code == codes.DeadlineExceeded && t.Err() != nil:
 		r.Reason = call.ReasonTimeout
@@ -78,6 +81,14 @@ func broken(err error) bool {
 		}
 	}
 	return false
+}
+
+// foreign reports whether a status was made of an answer that is not gRPC, an error page of something
+// in between: as gRPC sees it, no headers of a response came. That the content-type is wrong is said
+// in words only.
+func foreign(err error) bool {
+	msg := status.Convert(err).Message()
+	return strings.Contains(msg, "missing HTTP content-type") || strings.Contains(msg, "received unexpected content-type")
 }
 
 // refused reports whether the server has certainly not processed a call of which nothing was

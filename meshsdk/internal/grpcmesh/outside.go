@@ -17,8 +17,10 @@ func (c *Client) outside(ctx context.Context, ch *channel, method string, invoke
 		return err
 	}
 	a, _ := cl.Next()
-	err = invoke(c.trace(cl)(a))
-	cl.End(outsideResult(err))
+	var trace traceContext
+	trace.take(c, cl)
+	err = invoke(trace.into(a))
+	_ = cl.End(outsideResult(err))
 	return err
 }
 
@@ -56,10 +58,12 @@ func (c *Client) outsideStream(ctx context.Context, ch *channel, desc *grpc.Stre
 		return nil, err
 	}
 	a, _ := cl.Next()
-	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(func(err error) { cl.End(outsideResult(err)) }))
-	s, err := streamer(c.trace(cl)(a), desc, cc, method, opts...)
+	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(func(err error) { _ = cl.End(outsideResult(err)) }))
+	var trace traceContext
+	trace.take(c, cl)
+	s, err := streamer(trace.into(a), desc, cc, method, opts...)
 	if err != nil {
-		cl.End(outsideResult(err))
+		_ = cl.End(outsideResult(err))
 	}
 	return s, err
 }

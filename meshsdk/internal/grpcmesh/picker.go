@@ -3,6 +3,7 @@ package grpcmesh
 import (
 	"context"
 	"errors"
+	"time"
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/codes"
@@ -16,14 +17,16 @@ import (
 // try is one attempt on its way through gRPC: the interceptor puts it into the context, the picker
 // finds it there and notes what becomes of it. It is the context of the attempt.
 type try struct {
-	context.Context // of the attempt, or of the stream
+	context.Context // of the attempt, or of its guard
 	attempt         *call.Attempt
+	bounded         bool // the deadline is that of the attempt: nothing will commit it
 
 	// What follows is written by the picker and by gRPC's end of the attempt, and read by the
 	// interceptor after that end.
 	picked   bool
 	waiting  bool        // the last pick had to wait for a connection
-	received bool        // bytes came from the server
+	received bool        // headers came from the server
+	answered bool        // they were those of a response, or trailers after such
 	sent     bool        // a stream was opened
 	trailer  bool        // the status came from the server
 	reason   call.Reason // why no endpoint could be picked; empty when one was
@@ -33,6 +36,16 @@ type try struct {
 }
 
 type tryKey struct{}
+
+// Deadline is what gRPC tells the server.
+func (t *try) Deadline() (time.Time, bool) {
+	if t.bounded {
+		if end, ok := t.attempt.Until(); ok {
+			return end, true
+		}
+	}
+	return t.Context.Deadline()
+}
 
 func (t *try) Value(key any) any {
 	if _, ok := key.(tryKey); ok {
@@ -49,6 +62,9 @@ func (t *try) done(info balancer.DoneInfo) {
 	// A status of gRPC's own making has no trailer; one that the server sent alone has at least its
 	// content-type in it.
 	t.trailer = len(info.Trailer) > 0
+	// gRPC over HTTP2: "Trailers-Only → HTTP-Status Content-Type Trailers"; the Trailers after
+	// Response-Headers have no content-type.
+	t.answered = info.BytesReceived && len(info.Trailer["content-type"]) == 0
 }
 
 // picker picks for the calls of one channel, from one configuration and one state of its

@@ -40,8 +40,14 @@ func ServerOptions(cfg ServerConfig) (interceptors []grpc.ServerOption, creds gr
 
 type server struct{ cfg ServerConfig }
 
+// serverCall is what a call needs here, in one piece.
+type serverCall struct {
+	call.ServerCall
+	incoming incoming
+}
+
 func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	sc := new(call.ServerCall)
+	sc := new(serverCall)
 	ctx, err := s.begin(ctx, sc, info.FullMethod)
 	if err != nil {
 		return nil, err
@@ -49,7 +55,7 @@ func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	// Until the handler has returned it counts as one that panicked.
 	res := call.Result{Reason: call.ReasonUpstreamStatus, GRPCCode: int(codes.Internal)}
 	defer func() {
-		s.cfg.Observer.EndServer(ctx, sc, res)
+		s.cfg.Observer.EndServer(ctx, &sc.ServerCall, res)
 		s.cfg.Gate.Leave()
 	}()
 	resp, err := handler(ctx, req)
@@ -58,14 +64,14 @@ func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 }
 
 func (s *server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	sc := new(call.ServerCall)
+	sc := new(serverCall)
 	ctx, err := s.begin(ss.Context(), sc, info.FullMethod)
 	if err != nil {
 		return err
 	}
 	res := call.Result{Reason: call.ReasonUpstreamStatus, GRPCCode: int(codes.Internal)}
 	defer func() {
-		s.cfg.Observer.EndServer(ctx, sc, res)
+		s.cfg.Observer.EndServer(ctx, &sc.ServerCall, res)
 		s.cfg.Gate.Leave()
 	}()
 	err = handler(srv, &serverStream{ss, ctx})
@@ -75,7 +81,7 @@ func (s *server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 
 // begin lets a call in, or returns the status that it is refused with. After a nil error the gate
 // must be left.
-func (s *server) begin(ctx context.Context, sc *call.ServerCall, method string) (context.Context, error) {
+func (s *server) begin(ctx context.Context, sc *serverCall, method string) (context.Context, error) {
 	sc.Service, sc.Method, sc.Path, sc.GRPC = s.cfg.Service(), "POST", method, true
 	sc.Peer = "plaintext"
 	if p, ok := peer.FromContext(ctx); ok {
@@ -84,11 +90,12 @@ func (s *server) begin(ctx context.Context, sc *call.ServerCall, method string) 
 		}
 	}
 	ctx = stripIdentity(ctx)
-	ctx = s.cfg.Observer.BeginServer(ctx, sc, incoming{ctx})
+	sc.incoming.ctx = ctx
+	ctx = s.cfg.Observer.BeginServer(ctx, &sc.ServerCall, &sc.incoming)
 	if !s.cfg.Gate.Enter() {
 		// gRPC, doc/statuscodes.md: UNAVAILABLE is "most likely a transient condition, which can be
 		// corrected by retrying with a backoff"; nothing of this call was processed.
-		s.cfg.Observer.EndServer(ctx, sc, call.Result{Reason: call.ReasonDraining, GRPCCode: int(codes.Unavailable), Refused: true})
+		s.cfg.Observer.EndServer(ctx, &sc.ServerCall, call.Result{Reason: call.ReasonDraining, GRPCCode: int(codes.Unavailable), Refused: true})
 		return nil, status.Error(codes.Unavailable, "mesh: the server is draining; call another instance")
 	}
 	return ctx, nil
@@ -141,7 +148,7 @@ func (s *serverStream) Context() context.Context { return s.ctx }
 // them for each call would cost more than the rest of the interceptor.
 type incoming struct{ ctx context.Context }
 
-func (c incoming) Get(key string) string {
+func (c *incoming) Get(key string) string {
 	if v := metadata.ValueFromIncomingContext(c.ctx, key); len(v) > 0 {
 		return v[0]
 	}
@@ -149,9 +156,9 @@ func (c incoming) Get(key string) string {
 }
 
 // Set does nothing: what came in is not changed.
-func (incoming) Set(string, string) {}
+func (*incoming) Set(string, string) {}
 
-func (c incoming) Keys() []string {
+func (c *incoming) Keys() []string {
 	md, _ := metadata.FromIncomingContext(c.ctx)
 	keys := make([]string, 0, len(md))
 	for k := range md {
@@ -188,7 +195,7 @@ func (serverCreds) ClientHandshake(context.Context, string, net.Conn) (net.Conn,
 }
 
 func (serverCreds) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3"}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
 }
 
 func (c serverCreds) Clone() credentials.TransportCredentials { return c }

@@ -2,6 +2,7 @@ package grpcmesh
 
 import (
 	"context"
+	"errors"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -62,10 +63,17 @@ func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 		return nil, wrap(err, call.Result{})
 	}
 	s.cl = cl
-	inject := c.trace(cl)
+	open := false
+	defer func() {
+		if !open {
+			cl.Unwind()
+		}
+	}()
+	var trace traceContext
+	trace.take(c, cl)
 	opts = append(opts[:len(opts):len(opts)], grpc.OnFinish(s.finished))
 	s.open = func(ctx context.Context) (grpc.ClientStream, error) {
-		return streamer(inject(ctx), desc, cc, method, opts...)
+		return streamer(trace.into(ctx), desc, cc, method, opts...)
 	}
 	s.mu.Lock()
 	err = s.begin()
@@ -78,6 +86,7 @@ func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 	s.mu.Lock()
 	s.unwatch = stop
 	s.mu.Unlock()
+	open = true
 	return s, nil
 }
 
@@ -89,13 +98,8 @@ func (s *stream) begin() error {
 		if err != nil {
 			return s.finish(exhausted(err), nil)
 		}
-		// The parent is the call and not the attempt: the time of an attempt ends when the answer
-		// begins, and a deadline could not be taken back.
-		g := NewGuard(s.client.cfg.Clock, s.cl)
+		g := NewGuard(s.client.cfg.Clock, a)
 		s.guard.Store(g)
-		if p := s.cl.Route().Retry; p != nil {
-			g.First(p.PerTry)
-		}
 		g.Idle(s.cl.Idle())
 		t := &try{Context: g.Context(), attempt: a}
 		cur, err := s.open(t)
@@ -145,7 +149,7 @@ func (s *stream) commitLocked() {
 	s.committed = true
 	s.buffer = nil
 	s.cl.Unreserve()
-	s.guard.Load().Begin()
+	s.try.attempt.Commit()
 }
 
 // failed deals with the end of an attempt: another one took its place, or final is the error of
@@ -200,8 +204,7 @@ func (s *stream) abandon() {
 // finished hears from gRPC that an attempt is over. Only the end of the channel matters here: its
 // caller may never touch the stream again.
 func (s *stream) finished(err error) {
-	//nolint:staticcheck // the one way to tell the end of the channel from that of the call
-	if err == grpc.ErrClientConnClosing {
+	if closing(err) {
 		_ = s.finish(call.Result{Reason: call.ReasonCancelled, GRPCCode: int(codes.Canceled), Err: err}, err)
 	}
 }
@@ -231,7 +234,7 @@ func (s *stream) SendMsg(m any) error {
 	switch {
 	case replaced: // and sent there
 		return nil
-	case err != io.EOF:
+	case !ended(err):
 		// gRPC could not encode it, or the call may not send: nothing to repeat.
 		t.cut = s.guard.Load().End()
 		return s.release(t.result(err, true), err)
@@ -262,7 +265,7 @@ func (s *stream) probe(cur grpc.ClientStream) bool {
 		return false
 	}
 	err := cur.RecvMsg(new(emptypb.Empty)) // without headers there is no message to lose
-	if err == nil || err == io.EOF {
+	if err == nil || ended(err) {
 		s.stash = io.EOF
 		return false
 	}
@@ -279,7 +282,7 @@ func (s *stream) RecvMsg(m any) error {
 	defer s.receives.Unlock()
 	for {
 		cur, _ := s.current()
-		if s.stash == io.EOF {
+		if ended(s.stash) {
 			_ = s.release(call.Result{Reason: call.ReasonOK}, nil)
 			return io.EOF
 		}
@@ -295,7 +298,7 @@ func (s *stream) RecvMsg(m any) error {
 				return s.release(call.Result{Reason: call.ReasonOK}, nil)
 			}
 			return nil
-		case err == io.EOF:
+		case ended(err):
 			_ = s.release(call.Result{Reason: call.ReasonOK}, nil)
 			return io.EOF
 		}
@@ -347,3 +350,12 @@ func (s *stream) Context() context.Context {
 	cur, _ := s.current()
 	return cur.Context()
 }
+
+// closing reports whether err is the end of the channel.
+func closing(err error) bool {
+	return errors.Is(err, grpc.ErrClientConnClosing) //nolint:staticcheck // the one way to tell it from that of the call
+}
+
+// ended reports whether err is the end of a stream: gRPC says io.EOF itself, and what wraps it is a
+// failure.
+func ended(err error) bool { return err == io.EOF } //nolint:errorlint // see above

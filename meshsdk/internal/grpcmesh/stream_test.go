@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -59,7 +60,7 @@ func TestStreamIsReplayed(t *testing.T) {
 		seen = append(seen, all)
 		attempt := len(seen)
 		mu.Unlock()
-		if err != io.EOF {
+		if !errors.Is(err, io.EOF) {
 			return err
 		}
 		if attempt < 3 {
@@ -95,7 +96,7 @@ func TestStreamIsReplayed(t *testing.T) {
 			t.Fatalf("message %d is %q", i, got)
 		}
 	}
-	if _, err := st.Recv(); err != io.EOF {
+	if _, err := st.Recv(); !errors.Is(err, io.EOF) {
 		t.Fatalf("end %v, want io.EOF", err)
 	}
 	if got := header(st.Trailer(), "attempt"); got != "3" {
@@ -138,7 +139,7 @@ func TestHeaderRepeatsToo(t *testing.T) {
 	if err := st.CloseSend(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := st.Recv(); err != io.EOF {
+	if _, err := st.Recv(); !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}
 }
@@ -215,7 +216,7 @@ func TestOverflowOfTheBufferCommits(t *testing.T) {
 	for err == nil { // 256 KiB is the bound of a call
 		err = st.Send(&testpb.StreamingInputCallRequest{Payload: &testpb.Payload{Body: make([]byte, 1<<10)}})
 	}
-	if err != io.EOF {
+	if !errors.Is(err, io.EOF) {
 		t.Fatalf("send ended with %v, want io.EOF", err)
 	}
 	_, err = st.CloseAndRecv()
@@ -234,7 +235,7 @@ func TestClientStreamThatOnlySendsIsRepeated(t *testing.T) {
 		n := int32(0)
 		for {
 			_, err := st.Recv()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				return st.SendAndClose(&testpb.StreamingInputCallResponse{AggregatedPayloadSize: n})
 			}
 			if err != nil {
@@ -290,7 +291,7 @@ func TestServerStream(t *testing.T) {
 	for ; err == nil; n++ {
 		_, err = st.Recv()
 	}
-	if err != io.EOF || n != 4 || s.calls.Load() != 2 {
+	if !errors.Is(err, io.EOF) || n != 4 || s.calls.Load() != 2 {
 		t.Errorf("%d receives, %v, %d calls", n, err, s.calls.Load())
 	}
 }
@@ -328,6 +329,46 @@ func TestStreamThatIsLeftIsRecorded(t *testing.T) {
 		_, err = st.Recv()
 		wantCode(t, err, codes.Canceled, call.ReasonCancelled)
 	})
+}
+
+// A panic that somebody above recovers must not cost a place under the limit for good.
+func TestACallThatPanicsGivesBackWhatItHolds(t *testing.T) {
+	ca, n := newAuthority(t), newNetwork()
+	s := (&server{}).start(t, n, ca.issue("orders"))
+	m := newMesh(t, n, ca.issue("cart"))
+	cl := clusterOf("orders.default:8080", s.endpoint())
+	m.publish(serviceOf("orders", nil, cl))
+	conn, err := grpc.NewClient("orders", append(m.client.DialOptions(),
+		grpc.WithChainUnaryInterceptor(func(context.Context, string, any, any, *grpc.ClientConn, grpc.UnaryInvoker, ...grpc.CallOption) error {
+			panic("unary")
+		}),
+		grpc.WithChainStreamInterceptor(func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, grpc.Streamer, ...grpc.CallOption) (grpc.ClientStream, error) {
+			panic("stream")
+		}))...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	client := testpb.NewTestServiceClient(conn)
+	for want, call := range map[string]func(){
+		"unary":  func() { _, _ = client.UnaryCall(ctxFor(t), &testpb.SimpleRequest{}) },
+		"stream": func() { _, _ = client.FullDuplexCall(ctxFor(t)) },
+	} {
+		func() {
+			defer func() {
+				if got := recover(); got != want {
+					t.Errorf("recovered %v, want %v", got, want)
+				}
+			}()
+			call()
+		}()
+		if n := cl.Limiter.InFlight(); n != 0 {
+			t.Errorf("%s: %d places are taken", want, n)
+		}
+	}
+	if m.rec.count() != 2 || m.rec.last(t).Reason != call.ReasonCancelled {
+		t.Errorf("%d records, the last %+v", m.rec.count(), m.rec.last(t))
+	}
 }
 
 func TestTimes(t *testing.T) {
@@ -410,7 +451,7 @@ func TestTimesOfAStream(t *testing.T) {
 			if err := st.CloseSend(); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := st.Recv(); err != io.EOF {
+			if _, err := st.Recv(); !errors.Is(err, io.EOF) {
 				t.Fatal(err)
 			}
 		})
@@ -482,3 +523,45 @@ func TestServerThatDiesIsReset(t *testing.T) {
 }
 
 var _ grpc.ClientStream = testpb.TestService_FullDuplexCallClient(nil)
+
+// A server is told of the time of an attempt only where nothing takes that back: when the answer of
+// a stream has begun, it may take the time of the whole call.
+func TestDeadlineThatTheServerSees(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var seen []time.Duration
+		look := func(ctx context.Context) {
+			end, _ := ctx.Deadline()
+			seen = append(seen, time.Until(end).Round(10*time.Millisecond))
+		}
+		s := &server{}
+		s.unary = func(ctx context.Context, _ *testpb.SimpleRequest) (*testpb.SimpleResponse, error) {
+			look(ctx)
+			return &testpb.SimpleResponse{}, nil
+		}
+		s.duplex = func(st testpb.TestService_FullDuplexCallServer) error {
+			look(st.Context())
+			return echo(st)
+		}
+		m := pair(t, s, func(r *resource.Route) {
+			r.Timeout = 10 * time.Second
+			r.Retry = &resource.Retry{On: []string{"unavailable"}, Attempts: 1, PerTry: time.Second}
+		})
+		c := m.test("orders")
+		if _, err := c.UnaryCall(context.Background(), &testpb.SimpleRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		st, err := c.FullDuplexCall(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := st.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := st.Recv(); !errors.Is(err, io.EOF) {
+			t.Fatal(err)
+		}
+		if want := []time.Duration{time.Second, 10 * time.Second}; !slices.Equal(seen, want) {
+			t.Errorf("deadlines %v, want %v", seen, want)
+		}
+	})
+}

@@ -82,6 +82,7 @@ func canonical(method string) string {
 type unaryCall struct {
 	try
 	headers headers
+	trace   traceContext
 }
 
 // unary is the interceptor of unary calls: the life of a call from Begin to End. A retry calls
@@ -104,54 +105,85 @@ func (c *Client) unary(ctx context.Context, method string, req, reply any, cc *g
 	if err != nil {
 		return wrap(err, call.Result{})
 	}
-	inject := c.trace(cl)
-	var answer metadata.MD
-	if cl.Route().Retry != nil {
-		// The headers say whether a failed attempt had begun to answer.
-		opts = append(opts[:len(opts):len(opts)], grpc.Header(&answer))
-	}
+	defer cl.Unwind()
+	u.trace.take(c, cl)
 	for t := &u.try; ; t = new(try) {
 		a, err := cl.Next()
 		if err != nil {
 			return finish(cl, exhausted(err), nil)
 		}
-		t.Context, t.attempt = a, a
+		t.Context, t.attempt, t.bounded = a, a, true
 		var g *Guard
 		if cl.Idle() > 0 {
 			g = NewGuard(c.cfg.Clock, a)
 			g.Idle(cl.Idle())
 			t.Context = g.Context()
 		}
-		err = invoker(inject(t), method, req, reply, cc, opts...)
+		err = invoker(u.trace.into(t), method, req, reply, cc, opts...)
 		if g != nil {
 			t.cut = g.End()
 		}
-		res := t.result(err, answer != nil)
 		if err == nil {
-			return finish(cl, res, nil)
+			return finish(cl, t.result(nil, true), nil)
 		}
+		res := t.result(err, t.answered && !foreign(err))
 		if !cl.Retry(res) {
 			return finish(cl, res, err)
 		}
-		answer = nil
 	}
 }
 
-// trace gives a function that adds the trace context of a call to an attempt's metadata.
-func (c *Client) trace(cl *call.Call) func(context.Context) context.Context {
-	if c.cfg.Inject == nil {
-		return func(ctx context.Context) context.Context { return ctx }
+// traceContext is the trace context of a call: taken once, added to the metadata of each attempt. It
+// is a call.Carrier that holds little, mostly nothing.
+type traceContext struct {
+	kv []string // names and values in turn
+}
+
+// take asks for the trace context of cl.
+func (t *traceContext) take(c *Client, cl *call.Call) {
+	if c.cfg.Inject != nil {
+		c.cfg.Inject(cl, t)
 	}
-	md := make(metadata.MD, 2)
-	c.cfg.Inject(cl, md)
-	if len(md) == 0 {
-		return func(ctx context.Context) context.Context { return ctx }
+}
+
+// into is ctx with the trace context in its metadata.
+func (t *traceContext) into(ctx context.Context) context.Context {
+	if len(t.kv) == 0 {
+		return ctx
 	}
-	kv := make([]string, 0, 2*len(md))
-	for k, vs := range md {
-		for _, v := range vs {
-			kv = append(kv, k, v)
+	return metadata.AppendToOutgoingContext(ctx, t.kv...)
+}
+
+// Get is the value of key.
+func (t *traceContext) Get(key string) string {
+	for i := 0; i < len(t.kv); i += 2 {
+		if t.kv[i] == strings.ToLower(key) {
+			return t.kv[i+1]
 		}
 	}
-	return func(ctx context.Context) context.Context { return metadata.AppendToOutgoingContext(ctx, kv...) }
+	return ""
+}
+
+// Set replaces the value of key.
+func (t *traceContext) Set(key, value string) {
+	key = strings.ToLower(key) // as metadata has it
+	for i := 0; i < len(t.kv); i += 2 {
+		if t.kv[i] == key {
+			t.kv[i+1] = value
+			return
+		}
+	}
+	if t.kv == nil {
+		t.kv = make([]string, 0, 4) // traceparent, and tracestate or baggage
+	}
+	t.kv = append(t.kv, key, value)
+}
+
+// Keys lists the names.
+func (t *traceContext) Keys() []string {
+	var keys []string
+	for i := 0; i < len(t.kv); i += 2 {
+		keys = append(keys, t.kv[i])
+	}
+	return keys
 }

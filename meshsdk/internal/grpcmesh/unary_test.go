@@ -447,7 +447,7 @@ func TestTraceContextIsInjectedOnce(t *testing.T) {
 	}
 	s.start(t, n, ca.issue("orders"))
 	m := newMesh(t, n, ca.issue("cart"), func(c *grpcmesh.Config) {
-		c.Inject = func(_ context.Context, md metadata.MD) { md.Set("traceparent", "00-1") }
+		c.Inject = func(_ context.Context, to call.Carrier) { to.Set("traceparent", "00-1") }
 	})
 	m.publish(serviceOf("orders", retrying("c", &resource.Retry{On: []string{"unavailable"}, Attempts: 1, Base: time.Millisecond}), clusterOf("c", s.endpoint())))
 	ctx := metadata.AppendToOutgoingContext(ctxFor(t), "own", "x")

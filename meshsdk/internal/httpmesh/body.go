@@ -29,8 +29,6 @@ type body struct {
 	once     sync.Once   // closes src
 }
 
-func newBody(cl *call.Call, req *http.Request) *body { return &body{cl: cl, req: req} }
-
 func (b *body) none() bool { return b.req.Body == nil || b.req.Body == http.NoBody }
 
 // next gives the body for an attempt.
@@ -85,7 +83,7 @@ func (b *body) failed() error {
 		return nil // still reading: not the reason
 	}
 	defer b.mu.Unlock()
-	if b.err == io.EOF {
+	if b.err == io.EOF { //nolint:errorlint // io.EOF: "Read must return EOF itself, not an error wrapping EOF"
 		return nil
 	}
 	return b.err

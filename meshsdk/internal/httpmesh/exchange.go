@@ -1,13 +1,16 @@
 package httpmesh
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
 	"net/http/httptrace"
+	"net/url"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/inlay-mesh/inlay/meshsdk/internal/call"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/endpoint"
@@ -18,22 +21,26 @@ import (
 // turns out to have been closed by the server before anything was written.
 const maxStale = 5
 
+// maxDiscard is how long the rest of a response is waited for that is thrown away.
+const maxDiscard = time.Second
+
 // exchange is one request on its way: the attempts of a call.
 type exchange struct {
 	transport *Transport
 	cl        *call.Call
-	req       *http.Request // the caller's
-	out       *http.Request // as it is sent, but for context and body
-	body      *body
+	req       *http.Request // the caller's; stays as it is
+	url       *url.URL      // as all attempts send it
+	header    http.Header   // likewise
+	body      body
 }
 
-// prepare makes what all attempts send. The caller's request stays as it is.
-func (x *exchange) prepare(path string) {
-	x.out = x.req.WithContext(x.cl)
-	if path != x.req.URL.EscapedPath() {
-		x.out.URL = withPath(x.req.URL, path)
+// newExchange makes what all attempts send.
+func newExchange(t *Transport, cl *call.Call, req *http.Request, path string) *exchange {
+	x := &exchange{transport: t, cl: cl, req: req, url: req.URL, header: t.inject(cl, req.Header), body: body{cl: cl, req: req}}
+	if path != req.URL.EscapedPath() {
+		x.url = withPath(req.URL, path)
 	}
-	x.transport.inject(x.cl, x.out)
+	return x
 }
 
 // run makes attempts until one has a response to give, or the call fails.
@@ -48,12 +55,14 @@ func (x *exchange) run() (*http.Response, error) {
 		if err != nil {
 			return nil, x.fail(exhausted(err))
 		}
-		g := grpcmesh.NewGuard(x.transport.cfg.Clock, x.cl)
-		if p := x.cl.Route().Retry; p != nil {
-			g.First(p.PerTry)
+		ctx := context.Context(a)
+		var g *grpcmesh.Guard // nil where calls have no such time
+		if idle := x.cl.Idle(); idle > 0 {
+			g = grpcmesh.NewGuard(x.transport.cfg.Clock, a)
+			g.Idle(idle)
+			ctx = g.Context()
 		}
-		g.Idle(x.cl.Idle())
-		resp, c, res := x.attempt(a, g)
+		resp, c, res := x.attempt(ctx, a, g)
 		if resp == nil {
 			if cut := g.End(); cut != nil {
 				res.Reason, res.Detail = *cut, ""
@@ -63,16 +72,24 @@ func (x *exchange) run() (*http.Response, error) {
 			}
 			return nil, x.fail(res)
 		}
-		g.Begin()
+		a.Commit()
 		if res.Reason != call.ReasonOK && x.body.again() && x.cl.Retry(res) {
-			discard(resp)
-			c.pool.done(c)
-			g.End()
+			// Beside the next attempt: the rest of the response may never come.
+			drop := func() {
+				stop := x.transport.cfg.Clock.AfterFunc(maxDiscard, func() { _ = resp.Body.Close() })
+				discard(resp)
+				stop()
+				c.pool.done(c)
+				g.End()
+			}
+			if !x.transport.spawn(drop) {
+				_ = resp.Body.Close() // with the Transport
+			}
 			continue
 		}
 		resp.Request = x.req
 		resp.TLS = c.tls
-		e := &ending{cl: x.cl, guard: g, status: resp.StatusCode, body: x.body, conn: c}
+		e := &ending{cl: x.cl, guard: g, status: resp.StatusCode, body: &x.body, conn: c}
 		if resp.StatusCode == http.StatusSwitchingProtocols {
 			// The connection is the caller's now, and no time of ours runs on it.
 			g.End()
@@ -106,15 +123,15 @@ func discard(resp *http.Response) {
 }
 
 // attempt sends the request once. Without a response res says why.
-func (x *exchange) attempt(a *call.Attempt, g *grpcmesh.Guard) (*http.Response, *conn, call.Result) {
+func (x *exchange) attempt(ctx context.Context, a *call.Attempt, g *grpcmesh.Guard) (*http.Response, *conn, call.Result) {
 	for stale := 0; ; stale++ {
-		grant, res := x.connect(a, g)
+		grant, res := x.connect(ctx, a)
 		if grant.conn == nil {
 			return nil, nil, res
 		}
 		c := grant.conn
 		answered := c.wire.read.Load()
-		resp, res := x.send(c, g)
+		resp, res := x.send(ctx, c, g)
 		if resp != nil {
 			return resp, c, res
 		}
@@ -126,7 +143,7 @@ func (x *exchange) attempt(a *call.Attempt, g *grpcmesh.Guard) (*http.Response, 
 		// server just then: what was not sent is sent on another one, and so is what may be repeated and
 		// got not a byte of answer. With HTTP/2 the server says what it has processed.
 		silent := !c.pool.id.h2 && c.wire.read.Load() == answered && x.cl.Request().Idempotent
-		if !grant.reused || stale == maxStale || res.Committed || g.Context().Err() != nil || !res.Unsent && !silent {
+		if !grant.reused || stale == maxStale || res.Committed || ctx.Err() != nil || !res.Unsent && !silent {
 			return nil, nil, res
 		}
 	}
@@ -134,7 +151,7 @@ func (x *exchange) attempt(a *call.Attempt, g *grpcmesh.Guard) (*http.Response, 
 
 // connect picks an endpoint and takes a place on a connection to it. Endpoints that cannot be
 // connected to are set aside and the next one is picked, until none is left.
-func (x *exchange) connect(a *call.Attempt, g *grpcmesh.Guard) (grant, call.Result) {
+func (x *exchange) connect(ctx context.Context, a *call.Attempt) (grant, call.Result) {
 	t := x.transport
 	cluster := x.cl.Cluster()
 	avoid := a.Tried()
@@ -159,13 +176,13 @@ func (x *exchange) connect(a *call.Attempt, g *grpcmesh.Guard) (grant, call.Resu
 			return grant{}, call.Result{Reason: call.ReasonDraining, GRPCCode: -1, Unsent: true, Err: errClosed, Detail: errClosed.Error()}
 		}
 		a.Picked(ep)
-		got := p.get(g.Context())
+		got := p.get(ctx)
 		if got.err == nil {
 			a.Connected(got.conn.peer, got.conn.tls != nil)
 			return got, res
 		}
 		res = call.Result{Reason: call.ReasonConnectFailed, GRPCCode: -1, Unsent: true, Err: got.err, Detail: grpcmesh.Describe(got.err)}
-		if g.Context().Err() != nil {
+		if ctx.Err() != nil {
 			res.Reason, res.Detail = call.ReasonCancelled, "while connecting" // the engine tells a deadline from it
 			return grant{}, res
 		}
@@ -175,28 +192,21 @@ func (x *exchange) connect(a *call.Attempt, g *grpcmesh.Guard) (grant, call.Resu
 }
 
 // send makes one round trip on c.
-func (x *exchange) send(c *conn, g *grpcmesh.Guard) (*http.Response, call.Result) {
+func (x *exchange) send(ctx context.Context, c *conn, g *grpcmesh.Guard) (*http.Response, call.Result) {
 	content, err := x.body.next(g)
 	if err != nil {
 		c.cc.Release()
 		return nil, call.Result{Reason: call.ReasonCancelled, GRPCCode: -1, Err: err, Committed: true, Detail: "the body of the request cannot be read again"}
 	}
-	ctx := g.Context()
-	var wrote atomic.Bool // HTTP/2 shares the connection: what was written says nothing of one request
+	var wrote *atomic.Bool // HTTP/2 shares the connection: what was written says nothing of one request
+	traced := ctx
 	if c.pool.id.h2 {
-		ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteHeaders: func() { wrote.Store(true) }})
+		wrote = new(atomic.Bool)
+		traced = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{WroteHeaders: func() { wrote.Store(true) }})
+		x.url = withScheme(x.url, c.tls != nil)
 	}
-	out := x.out.WithContext(ctx)
-	out.Body = content
-	scheme := "http"
-	if c.tls != nil {
-		scheme = "https"
-	}
-	if out.URL.Scheme != scheme {
-		u := *out.URL
-		u.Scheme = scheme
-		out.URL = &u
-	}
+	out := x.req.WithContext(traced)
+	out.URL, out.Header, out.Body = x.url, x.header, content
 	before := c.wire.written.Load()
 	resp, err := c.cc.RoundTrip(out)
 	if err == nil {
@@ -209,12 +219,13 @@ func (x *exchange) send(c *conn, g *grpcmesh.Guard) (*http.Response, call.Result
 		res.Reason, res.Committed, res.Detail = call.ReasonCancelled, true, "the body of the request could not be read"
 		res.Err = errors.Join(x.body.failed(), err)
 	case c.pool.id.h2:
-		res.Unsent = !wrote.Load()
+		// net/http gives up on a context without waiting for a write that is under way.
+		res.Unsent = !wrote.Load() && ctx.Err() == nil
 		res.Refused = refused(err)
 	default:
 		res.Unsent = c.wire.written.Load() == before
 	}
-	if ctxErr := g.Context().Err(); ctxErr != nil {
+	if ctxErr := ctx.Err(); ctxErr != nil {
 		res.Err = errors.Join(ctxErr, err)
 	}
 	return nil, res

@@ -1,6 +1,7 @@
 package httpmesh
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -30,7 +31,7 @@ func (e *ending) end(err error) error {
 		if e.status >= 500 {
 			res.Reason = call.ReasonUpstreamStatus
 		}
-		failed := err != nil && err != io.EOF
+		failed := err != nil && err != io.EOF //nolint:errorlint // io.EOF: "Read must return EOF itself, not an error wrapping EOF"
 		if failed {
 			res.Reason, res.Err, res.Detail = call.ReasonReset, err, "while reading the response: "+grpcmesh.Describe(err)
 			if ctxErr := e.cl.Err(); ctxErr != nil {
@@ -60,17 +61,24 @@ func wrapBody(resp *http.Response, e *ending) {
 		_ = e.end(nil)
 		return
 	}
-	b := &responseBody{inner: resp.Body, ending: e}
+	b := &responseBody{inner: resp.Body, ending: e, unwatch: func() bool { return false }}
 	resp.Body = b
-	if w, ok := b.inner.(io.Writer); ok && resp.StatusCode == http.StatusSwitchingProtocols {
-		resp.Body = &upgraded{responseBody: b, Writer: w}
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		if w, ok := b.inner.(io.Writer); ok {
+			resp.Body = &upgraded{responseBody: b, Writer: w}
+		}
+		return
 	}
+	// A caller may leave a response by ending its context and nothing else: net/http then lets go of
+	// the connection, and what the call holds must not stay taken.
+	b.unwatch = context.AfterFunc(e.cl, func() { _ = e.end(context.Cause(e.cl)) })
 }
 
 // responseBody is the body of a response; reading it keeps an idle call alive.
 type responseBody struct {
-	inner  io.ReadCloser
-	ending *ending
+	inner   io.ReadCloser
+	ending  *ending
+	unwatch func() bool
 }
 
 func (b *responseBody) Read(p []byte) (int, error) {
@@ -79,6 +87,7 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	if err == nil {
 		return n, nil
 	}
+	b.unwatch()
 	if failed := b.ending.end(err); failed != nil && err != io.EOF && !b.ending.raw {
 		return n, failed
 	}
@@ -87,6 +96,7 @@ func (b *responseBody) Read(p []byte) (int, error) {
 
 // Close ends the call; what was not read is no failure.
 func (b *responseBody) Close() error {
+	b.unwatch()
 	err := b.inner.Close()
 	_ = b.ending.end(nil)
 	return err

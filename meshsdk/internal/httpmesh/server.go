@@ -10,8 +10,6 @@ import (
 	"strconv"
 	"strings"
 
-	"go.opentelemetry.io/otel/propagation"
-
 	"github.com/inlay-mesh/inlay/meshsdk/internal/call"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/tcpmesh"
 )
@@ -31,20 +29,28 @@ type ServerConfig struct {
 // listener that is not of the mesh nobody has an identity.
 func Middleware(cfg ServerConfig, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		sc := &call.ServerCall{
-			Service: cfg.Service(),
-			Method:  r.Method,
-			Path:    r.URL.Path,
-			GRPC:    r.ProtoMajor == 2 && isGRPC(r.Header.Get("Content-Type")),
-			Peer:    "plaintext",
+		s := &struct { // what a call needs, in one piece
+			call.ServerCall
+			recorder
+			carrier
+		}{
+			ServerCall: call.ServerCall{
+				Service: cfg.Service(),
+				Method:  r.Method,
+				Path:    r.URL.Path,
+				GRPC:    r.ProtoMajor == 2 && isGRPC(r.Header.Get("Content-Type")),
+				Peer:    "plaintext",
+			},
+			recorder: recorder{ResponseWriter: w, gate: cfg.Gate},
+			carrier:  carrier{header: r.Header},
 		}
+		sc, rec := &s.ServerCall, &s.recorder
 		if a, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
 			if c, ok := tcpmesh.FromAddr(a); ok {
 				sc.Peer, sc.MTLS = c.PeerName()
 			}
 		}
-		ctx := cfg.Observer.BeginServer(r.Context(), sc, propagation.HeaderCarrier(r.Header))
-		rec := &recorder{ResponseWriter: w, gate: cfg.Gate}
+		ctx := cfg.Observer.BeginServer(r.Context(), sc, &s.carrier)
 		if !cfg.Gate.Enter() {
 			// RFC 9110, section 15.6.4: "the server is currently unable to handle the request due to a
 			// temporary overload or scheduled maintenance".
@@ -70,12 +76,20 @@ func isGRPC(contentType string) bool {
 	return ok && (rest == "" || rest[0] == '+' || rest[0] == ';')
 }
 
+// identityHeaders are in the spelling that net/http gives headers that come in.
+var identityHeaders = func() []string {
+	var keys []string
+	for _, h := range tcpmesh.HTTPIdentityHeaders {
+		keys = append(keys, http.CanonicalHeaderKey(h))
+	}
+	return keys
+}()
+
 // stripIdentity takes the headers off by which somebody could claim to be somebody. The map is
 // replaced only when there is one.
 func stripIdentity(r *http.Request) {
 	cloned := false
-	for _, h := range tcpmesh.HTTPIdentityHeaders {
-		key := http.CanonicalHeaderKey(h)
+	for _, key := range identityHeaders {
 		if _, ok := r.Header[key]; !ok {
 			continue
 		}
@@ -139,6 +153,14 @@ func (w *recorder) Write(p []byte) (int, error) {
 		w.WriteHeader(http.StatusOK)
 	}
 	return w.ResponseWriter.Write(p)
+}
+
+// WriteString spares the copy where the server can.
+func (w *recorder) WriteString(s string) (int, error) {
+	if w.status == 0 {
+		w.WriteHeader(http.StatusOK)
+	}
+	return io.WriteString(w.ResponseWriter, s)
 }
 
 // ReadFrom keeps sendfile reachable.

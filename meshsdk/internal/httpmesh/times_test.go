@@ -6,11 +6,13 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/inlay-mesh/inlay/meshsdk/internal/call"
+	"github.com/inlay-mesh/inlay/meshsdk/internal/endpoint"
 	"github.com/inlay-mesh/inlay/meshsdk/internal/httpmesh"
 	"github.com/inlay-mesh/inlay/xds/resource"
 )
@@ -116,6 +118,136 @@ func drip(pause time.Duration, n int) http.HandlerFunc {
 			_ = http.NewResponseController(w).Flush()
 		}
 	}
+}
+
+// held is a connection on which one write reaches the other end long before it returns, as when the
+// writer waits for a socket that takes the last bytes after the caller has given up.
+type held struct {
+	net.Conn
+	next    *atomic.Bool // the next write is the one
+	release chan struct{}
+}
+
+func (c held) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if c.next.CompareAndSwap(true, false) {
+		<-c.release
+	}
+	return n, err
+}
+
+// What was being written when the time of the attempt ran out may have been processed. (With HTTP/1.1
+// net/http closes the connection and waits for the write.)
+func TestPerTryTimeoutDuringAWriteRepeatsIdempotentOnesOnly(t *testing.T) {
+	for method, want := range map[string]int64{http.MethodPost: 1, http.MethodPut: 2} {
+		t.Run(method, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := newNetwork()
+				var calls atomic.Int64
+				var next atomic.Bool
+				release := make(chan struct{})
+				var eps []*endpoint.Endpoint
+				for range 2 {
+					s := &server{handler: func(_ http.ResponseWriter, r *http.Request) {
+						if r.Method != http.MethodGet {
+							calls.Add(1)
+							<-r.Context().Done()
+						}
+					}}
+					eps = append(eps, s.start(t, n, nil, true).endpoint())
+				}
+				m := newMesh(t, n, nil, func(c *httpmesh.Config) {
+					c.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+						conn, err := n.dial(ctx, network, addr)
+						return held{conn, &next, release}, err
+					}
+				})
+				cl := clusterOf(orders, eps...)
+				cl.HTTP2 = true
+				m.publish(serviceOf("orders", withRetry(orders, &resource.Retry{On: []string{"reset"}, Attempts: 1, PerTry: time.Second}), cl))
+				for range 2 { // connect both
+					if _, _, err := m.get("http://orders/"); err != nil {
+						t.Fatal(err)
+					}
+				}
+				next.Store(true)
+				req, err := http.NewRequestWithContext(ctxFor(t), method, "http://orders/", nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, _, err := m.do(req); err == nil {
+					t.Error("no error")
+				}
+				synctest.Wait()
+				if got := calls.Load(); got != want {
+					t.Errorf("handlers ran %d times, want %d", got, want)
+				}
+				close(release)
+				m.client.Close()
+			})
+		})
+	}
+}
+
+func TestARetryDoesNotWaitForTheBodyOfWhatFailed(t *testing.T) {
+	for _, h2 := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNetwork()
+			s := &server{}
+			s.handler = func(w http.ResponseWriter, r *http.Request) {
+				if s.calls.Load() == 1 {
+					w.Header().Set("Content-Length", "10")
+					w.WriteHeader(http.StatusServiceUnavailable)
+					_ = http.NewResponseController(w).Flush()
+					<-r.Context().Done()
+				}
+			}
+			s.start(t, n, nil, h2)
+			m := newMesh(t, n, nil)
+			cl := clusterOf(orders, s.endpoint())
+			cl.HTTP2 = h2
+			m.publish(serviceOf("orders", withRetry(orders, &resource.Retry{On: []string{"503"}, Attempts: 1, Base: 1, Max: 1}), cl))
+			start := time.Now()
+			status, _, err := m.get("http://orders/")
+			if took := time.Since(start); err != nil || status != 200 || took > time.Second {
+				t.Errorf("h2=%v: %d, %v after %v", h2, status, err, took)
+			}
+			m.client.Close()
+		})
+	}
+}
+
+func TestAResponseThatIsLeftIsRecorded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNetwork()
+		s := &server{handler: drip(time.Hour, 2)}
+		s.start(t, n, nil, false)
+		m := newMesh(t, n, nil)
+		cl := clusterOf(orders, s.endpoint())
+		m.publish(serviceOf("orders", nil, cl))
+		ctx, cancel := context.WithCancel(t.Context())
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://orders/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := m.client.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := cl.Limiter.InFlight(); got != 1 {
+			t.Errorf("%d calls in flight while the response is read", got)
+		}
+		cancel() // and no Close
+		synctest.Wait()
+		if got := cl.Limiter.InFlight(); got != 0 || m.rec.count() != 1 || m.rec.last(t).Reason != call.ReasonCancelled {
+			t.Errorf("%d calls in flight, %d records", got, m.rec.count())
+		}
+		if _, err := io.ReadAll(resp.Body); !errors.Is(err, context.Canceled) {
+			t.Errorf("reading on: %v", err)
+		}
+		_ = resp.Body.Close()
+		m.client.Close()
+	})
 }
 
 func TestConnectTimeoutIsTheClusters(t *testing.T) {

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -44,8 +46,8 @@ type Config struct {
 	InMesh func(ctx context.Context, host string) (listener string, ok bool, err error)
 	// External is for the names that are not.
 	External grpcmesh.ExternalPolicy
-	// Inject writes the trace context of ctx into h; nil injects nothing.
-	Inject func(ctx context.Context, h http.Header)
+	// Inject writes the trace context of ctx into what is sent; nil injects nothing.
+	Inject func(ctx context.Context, to call.Carrier)
 	// Base makes requests to the outside as it is, and lends connections of the mesh its bounds:
 	// IdleConnTimeout, MaxConnsPerHost (for one endpoint), MaxIdleConnsPerHost (default 100),
 	// ResponseHeaderTimeout, ExpectContinueTimeout, MaxResponseHeaderBytes, the buffer sizes, HTTP2,
@@ -142,10 +144,8 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	listener, mesh, err := t.cfg.InMesh(req.Context(), req.URL.Host)
 	switch {
-	case errors.Is(err, context.Canceled):
+	case err != nil: // the engine tells a deadline from it
 		return nil, t.refuse(req, req.URL.Host, call.ReasonCancelled, call.DetailUndecided, err)
-	case err != nil:
-		return nil, t.refuse(req, req.URL.Host, call.ReasonTimeout, call.DetailUndecided, err)
 	case !mesh:
 		return t.outside(req)
 	case req.Method == http.MethodConnect:
@@ -164,9 +164,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, timely(err)
 	}
 	t.follow(listener)
-	x := &exchange{transport: t, cl: cl, req: req, body: newBody(cl, req)}
-	x.prepare(path)
-	return x.run()
+	return newExchange(t, cl, req, path).run()
 }
 
 // refuse ends a request that does not become a call.
@@ -224,12 +222,21 @@ type headers struct {
 	host   string
 }
 
-// Get implements route.Headers.
+// Get implements route.Headers. net/http sends a header under the very name it has in the map, and
+// servers read names without regard to case (RFC 9110, 5.1: "Field names are case-insensitive"), so
+// every spelling counts. Of one name in several spellings the order is as it happens, in the map and
+// on the wire: it matches nothing but by chance, and the one in canonical spelling stands first here.
 func (h *headers) Get(name string) (string, bool) {
 	if name == ":authority" || name == "host" {
 		return h.host, true
 	}
-	v, ok := h.header[http.CanonicalHeaderKey(name)]
+	key := http.CanonicalHeaderKey(name)
+	v, ok := h.header[key]
+	for other, more := range h.header {
+		if len(other) == len(key) && other != key && strings.EqualFold(other, key) {
+			v, ok = append(v[:len(v):len(v)], more...), true
+		}
+	}
 	if !ok {
 		return "", false
 	}
@@ -249,7 +256,7 @@ func (t *Transport) outside(req *http.Request) (*http.Response, error) {
 	}
 	a, _ := cl.Next()
 	out := req.WithContext(a)
-	t.inject(cl, out)
+	out.Header = t.inject(cl, req.Header)
 	resp, err := t.cfg.Base.RoundTrip(out)
 	if err != nil {
 		res := call.Result{Reason: call.ReasonConnectFailed, GRPCCode: -1, Err: err, Detail: grpcmesh.Describe(err)}
@@ -264,14 +271,53 @@ func (t *Transport) outside(req *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// inject adds the trace context to a copy of the headers of out, which is a copy itself.
-func (t *Transport) inject(cl *call.Call, out *http.Request) {
+// inject gives h with the trace context of cl: h itself, which is the caller's, when there is none.
+func (t *Transport) inject(cl *call.Call, h http.Header) http.Header {
 	if t.cfg.Inject == nil {
-		return
+		return h
 	}
-	out.Header = out.Header.Clone()
-	t.cfg.Inject(cl, out.Header)
+	to := carrier{header: h, foreign: true}
+	t.cfg.Inject(cl, &to)
+	return to.header
 }
+
+// carrier is headers as a call.Carrier. Those of somebody else are copied when the first one is set.
+type carrier struct {
+	header  http.Header
+	foreign bool
+}
+
+// canonical is http.CanonicalHeaderKey, which allocates for names that are no common headers.
+func canonical(key string) string {
+	switch key {
+	case "traceparent":
+		return "Traceparent"
+	case "tracestate":
+		return "Tracestate"
+	case "baggage":
+		return "Baggage"
+	}
+	return http.CanonicalHeaderKey(key)
+}
+
+// Get is the first value of key.
+func (c *carrier) Get(key string) string {
+	if v := c.header[canonical(key)]; len(v) > 0 {
+		return v[0]
+	}
+	return ""
+}
+
+// Set replaces the values of key.
+func (c *carrier) Set(key, value string) {
+	if c.foreign {
+		c.header, c.foreign = c.header.Clone(), false
+	}
+	c.header[canonical(key)] = []string{value}
+}
+
+// Keys lists the names.
+func (c *carrier) Keys() []string { return slices.Collect(maps.Keys(c.header)) }
 
 // withPath is u with another escaped path.
 func withPath(u *url.URL, escaped string) *url.URL {
@@ -280,6 +326,20 @@ func withPath(u *url.URL, escaped string) *url.URL {
 	if plain, err := url.PathUnescape(escaped); err == nil && plain != escaped {
 		out.Path, out.RawPath = plain, escaped
 	}
+	return &out
+}
+
+// withScheme is u with the scheme that HTTP/2 names in each request; it copies u only to change it.
+func withScheme(u *url.URL, secure bool) *url.URL {
+	scheme := "http"
+	if secure {
+		scheme = "https"
+	}
+	if u.Scheme == scheme {
+		return u
+	}
+	out := *u
+	out.Scheme = scheme
 	return &out
 }
 

@@ -237,8 +237,11 @@ func TestFailuresOfTheMesh(t *testing.T) {
 	}
 	body := &closing{Reader: strings.NewReader("x")}
 	req, _ := http.NewRequest(http.MethodConnect, "http://dead/", body)
-	if _, err := m.client.RoundTrip(req); err == nil || !strings.Contains(err.Error(), "CONNECT") || !body.closed {
-		t.Errorf("CONNECT: %v, body closed: %v", err, body.closed)
+	before := m.rec.count()
+	_, err := m.client.RoundTrip(req)
+	wantReason(t, err, call.ReasonNoRoute)
+	if !strings.Contains(err.Error(), "CONNECT") || !body.closed || m.rec.count() != before+1 || m.rec.last(t).Reason != call.ReasonNoRoute {
+		t.Errorf("CONNECT: %v, body closed: %v, record %+v", err, body.closed, m.rec.last(t))
 	}
 	req, _ = http.NewRequest(http.MethodGet, "http://h2/", nil)
 	req.Header.Set("Upgrade", "websocket")
@@ -260,6 +263,45 @@ type closing struct {
 }
 
 func (c *closing) Close() error { c.closed = true; return nil }
+
+// net/http sends a header under whatever name it has in the map, and servers read names without
+// regard to case: a route must see what they see.
+func TestHeadersAreMatchedAsTheyAreSent(t *testing.T) {
+	n := newNetwork()
+	s := &server{handler: func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, strings.Join(r.Header.Values("X-Env"), ","))
+	}}
+	s.start(t, n, nil, false)
+	m := newMesh(t, n, nil)
+	m.publish(serviceOf("orders", []resource.Route{
+		{Name: "never", Match: resource.Match{Headers: []resource.HeaderMatch{{Name: "x-env", Exact: "beta"}}}},
+		{Name: "both", Match: resource.Match{Headers: []resource.HeaderMatch{{Name: "x-env", Exact: "a,b"}}}},
+		{Name: "rest", Clusters: []resource.WeightedCluster{{Name: orders, Weight: 1}}},
+	}, clusterOf(orders, s.endpoint())))
+	for name, tc := range map[string]struct {
+		header http.Header
+		route  string
+	}{
+		"canonical":         {http.Header{"X-Env": {"beta"}}, "never"},
+		"as it was written": {http.Header{"x-env": {"beta"}}, "never"},
+		"in capitals":       {http.Header{"X-ENV": {"beta"}}, "never"},
+		"repeated":          {http.Header{"X-Env": {"a", "b"}}, "both"},
+		"in two spellings":  {http.Header{"X-Env": {"beta"}, "x-env": {"other"}}, "rest"},
+		"another":           {http.Header{"x-env": {"alpha"}}, "rest"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			req, err := http.NewRequestWithContext(ctxFor(t), http.MethodGet, "http://orders/", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header = tc.header
+			_, _, _ = m.do(req)
+			if got := m.rec.last(t).Route; got != tc.route {
+				t.Errorf("route %q, want %q", got, tc.route)
+			}
+		})
+	}
+}
 
 func TestPathIsSentAsItWasMatched(t *testing.T) {
 	ca, n := newAuthority(t), newNetwork()
@@ -314,7 +356,7 @@ func TestOutside(t *testing.T) {
 	base := out.Client().Transport.(*http.Transport)
 	inject := func(c *httpmesh.Config) {
 		c.Base = base
-		c.Inject = func(_ context.Context, h http.Header) { h.Set("Traceparent", "00-1") }
+		c.Inject = func(_ context.Context, to call.Carrier) { to.Set("traceparent", "00-1") }
 	}
 	m := newMesh(t, n, nil, inject)
 	req, _ := http.NewRequestWithContext(ctxFor(t), http.MethodGet, out.URL, nil)

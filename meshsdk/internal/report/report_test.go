@@ -46,13 +46,13 @@ func TestDecisionSurvivesTheWire(t *testing.T) {
 	if err := proto.Unmarshal(b, m); err != nil {
 		t.Fatal(err)
 	}
-	if got := report.FromProto(m); !reflect.DeepEqual(got, want) {
+	if got := fromProto(m); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
-	if report.ToProto(nil) != nil || report.FromProto(nil) != nil {
+	if report.ToProto(nil) != nil || fromProto(nil) != nil {
 		t.Error("nil is not nil")
 	}
-	if got := report.FromProto(report.ToProto(&call.Decision{})); !reflect.DeepEqual(got, &call.Decision{}) {
+	if got := fromProto(report.ToProto(&call.Decision{})); !reflect.DeepEqual(got, &call.Decision{}) {
 		t.Errorf("zero: %+v", got)
 	}
 }
@@ -70,8 +70,8 @@ func FuzzDecision(f *testing.F) {
 		if proto.Unmarshal(b, m) != nil {
 			return
 		}
-		one := report.FromProto(m)
-		if two := report.FromProto(report.ToProto(one)); !reflect.DeepEqual(one, two) {
+		one := fromProto(m)
+		if two := fromProto(report.ToProto(one)); !reflect.DeepEqual(one, two) {
 			t.Errorf("%+v\n%+v", one, two)
 		}
 	})

@@ -94,7 +94,11 @@ func (r *Route) Label() string {
 		b.WriteString("path starts with " + m.Path)
 	}
 	for _, h := range r.match.Headers {
-		b.WriteString(", " + h.Name + " = " + h.Exact)
+		want := h.Exact
+		if secret[h.Name] {
+			want = "(not shown)"
+		}
+		b.WriteString(", " + h.Name + " = " + want)
 	}
 	return b.String()
 }

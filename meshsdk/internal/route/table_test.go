@@ -253,3 +253,23 @@ func BenchmarkMatch(b *testing.B) {
 		})
 	}
 }
+
+func TestExplainKeepsSecrets(t *testing.T) {
+	for name, want := range map[string]string{
+		"x-env":         `x-env is "value", want "beta"`,
+		"authorization": "header authorization is absent or has another value",
+		"Cookie":        "header cookie is absent or has another value",
+	} {
+		table := route.New(&resource.VirtualHost{Routes: []resource.Route{{
+			Match: resource.Match{Kind: resource.Prefix, Headers: []resource.HeaderMatch{{Name: name, Exact: "beta"}}},
+		}}})
+		_, skipped := table.Explain(route.Request{Path: "/", Header: headers{strings.ToLower(name): "value"}})
+		if len(skipped) != 1 || skipped[0].Why != want {
+			t.Errorf("%+v, want %q", skipped, want)
+		}
+		label := table.Routes()[0].Label()
+		if shown := strings.Contains(label, "beta"); shown != (name == "x-env") {
+			t.Errorf("label %q", label)
+		}
+	}
+}

@@ -2,6 +2,7 @@ package telemetry_test
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"time"
 
@@ -69,6 +70,7 @@ func (s *span) SetAttributes(kv ...attribute.KeyValue) {
 		s.attrs[a.Key] = a.Value
 	}
 }
+func (s *span) attributes() int                              { return len(s.attrs) }
 func (s *span) AddEvent(name string, _ ...trace.EventOption) { s.events = append(s.events, name) }
 func (s *span) SetStatus(c codes.Code, text string)          { s.status, s.text = c, text }
 func (s *span) End(...trace.SpanEndOption) {
@@ -155,3 +157,26 @@ func (h *sumHistogram) Record(_ context.Context, v float64, opts ...metric.Recor
 }
 
 var epoch = time.Unix(1_700_000_000, 0)
+
+// headers makes gRPC metadata (keys in lower case) a call.Carrier.
+type headers map[string][]string
+
+// Get is the first value of key.
+func (m headers) Get(key string) string {
+	if v := m[strings.ToLower(key)]; len(v) > 0 {
+		return v[0]
+	}
+	return ""
+}
+
+// Set replaces the values of key.
+func (m headers) Set(key, value string) { m[strings.ToLower(key)] = []string{value} }
+
+// Keys lists the names.
+func (m headers) Keys() []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	return keys
+}

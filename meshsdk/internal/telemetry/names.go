@@ -138,26 +138,3 @@ func codeName(code int) string {
 	}
 	return strconv.Itoa(code)
 }
-
-// Metadata makes gRPC metadata (keys in lower case) a call.Carrier.
-type Metadata map[string][]string
-
-// Get is the first value of key.
-func (m Metadata) Get(key string) string {
-	if v := m[lower(key)]; len(v) > 0 {
-		return v[0]
-	}
-	return ""
-}
-
-// Set replaces the values of key.
-func (m Metadata) Set(key, value string) { m[lower(key)] = []string{value} }
-
-// Keys lists the names.
-func (m Metadata) Keys() []string {
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	return keys
-}

@@ -104,6 +104,3 @@ func (sc *seriesCache) over(rec *call.Record) *series {
 func option(kv []attribute.KeyValue) []metric.RecordOption {
 	return []metric.RecordOption{metric.WithAttributeSet(attribute.NewSet(kv...))}
 }
-
-// lower avoids an allocation for the names that propagators use, which are lower case already.
-func lower(s string) string { return strings.ToLower(s) }

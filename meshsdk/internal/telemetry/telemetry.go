@@ -11,6 +11,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"reflect"
 	"time"
 
 	"go.opentelemetry.io/otel"
@@ -47,6 +48,7 @@ type Telemetry struct {
 	cfg         Config
 	tracer      trace.Tracer
 	propagator  propagation.TextMapPropagator
+	unset       trace.TracerProvider // the global provider while the program has set none; nil when it had
 	series      seriesCache
 	instruments [4]metric.Float64Histogram // by instrument()
 }
@@ -59,8 +61,12 @@ var (
 
 // New makes the instruments. An error is that of the meter provider.
 func New(cfg Config) (*Telemetry, error) {
+	var unset trace.TracerProvider
 	if cfg.TracerProvider == nil {
 		cfg.TracerProvider = otel.GetTracerProvider()
+		if placeholder(cfg.TracerProvider) {
+			unset = cfg.TracerProvider
+		}
 	}
 	if cfg.MeterProvider == nil {
 		cfg.MeterProvider = otel.GetMeterProvider()
@@ -78,7 +84,7 @@ func New(cfg Config) (*Telemetry, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	t := &Telemetry{cfg: cfg, propagator: cfg.Propagator}
+	t := &Telemetry{cfg: cfg, propagator: cfg.Propagator, unset: unset}
 	t.tracer = cfg.TracerProvider.Tracer(scope)
 	meter := cfg.MeterProvider.Meter(scope)
 	var faults []error
@@ -99,24 +105,45 @@ var (
 // BeginClient starts the span of a client's call.
 func (t *Telemetry) BeginClient(ctx context.Context, c *call.Call) context.Context {
 	req := c.Request()
-	ctx, _ = t.tracer.Start(ctx, spanName(req.GRPC, req.Method, req.Path), clientSpan...)
+	ctx, span := t.start(ctx, req.GRPC, req.Method, req.Path, clientSpan)
+	if span != nil {
+		c.Observed = span
+	}
 	return ctx
 }
 
-// Inject writes the trace context of ctx into to, over what is there: gRPC metadata (Metadata) or
-// HTTP headers (propagation.HeaderCarrier).
+// start starts a span. nil means that the program does no tracing: what ctx has of a trace then
+// passes on as it is, which is all that a span of the API alone would do. OpenTelemetry, "Behavior of
+// the API in the absence of an installed SDK": "The API MUST return a non-recording Span with the
+// SpanContext in the parent Context".
+func (t *Telemetry) start(ctx context.Context, grpc bool, method, path string, kind []trace.SpanStartOption) (context.Context, trace.Span) {
+	if t.unset != nil && otel.GetTracerProvider() == t.unset {
+		return ctx, nil
+	}
+	return t.tracer.Start(ctx, spanName(grpc, method, path), kind...)
+}
+
+// placeholder reports whether p stands for the provider that the program has not set globally. It
+// is a pointer: once the program sets one, the global provider is another.
+func placeholder(p trace.TracerProvider) bool {
+	t := reflect.TypeOf(p)
+	return t.Kind() == reflect.Pointer && t.Elem().PkgPath() == "go.opentelemetry.io/otel/internal/global"
+}
+
+// Inject writes the trace context of ctx into to, over what is there.
 func (t *Telemetry) Inject(ctx context.Context, to call.Carrier) { t.propagator.Inject(ctx, to) }
 
 // EndClient ends the span and records the call.
 func (t *Telemetry) EndClient(c *call.Call, rec *call.Record) {
-	span := trace.SpanFromContext(c)
-	if span.IsRecording() {
-		describe(span, rec)
-		if d := rec.Summary(); d != nil {
-			decide(span, d)
+	if span, ok := c.Observed.(trace.Span); ok {
+		if span.IsRecording() {
+			describe(span, rec)
+			if d := rec.Summary(); d != nil {
+				decide(span, d)
+			}
 		}
+		span.End()
 	}
-	span.End()
 	t.record(c, rec)
 }
 
@@ -128,7 +155,10 @@ func (t *Telemetry) BeginServer(ctx context.Context, s *call.ServerCall, from ca
 	if from != nil {
 		ctx = t.propagator.Extract(ctx, from)
 	}
-	ctx, _ = t.tracer.Start(ctx, spanName(s.GRPC, s.Method, s.Path), serverSpan...)
+	ctx, span := t.start(ctx, s.GRPC, s.Method, s.Path, serverSpan)
+	if span != nil {
+		s.Observed = span
+	}
 	return ctx
 }
 
@@ -145,11 +175,12 @@ func (t *Telemetry) EndServer(ctx context.Context, s *call.ServerCall, r call.Re
 	if !s.GRPC {
 		rec.GRPCCode = -1
 	}
-	span := trace.SpanFromContext(ctx)
-	if span.IsRecording() {
-		describe(span, &rec)
+	if span, ok := s.Observed.(trace.Span); ok {
+		if span.IsRecording() {
+			describe(span, &rec)
+		}
+		span.End()
 	}
-	span.End()
 	t.record(ctx, &rec)
 }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	metricnoop "go.opentelemetry.io/otel/metric/noop"
@@ -92,7 +93,7 @@ func TestACallIsSeenOnBothSides(t *testing.T) {
 	if !c.Retry(call.Result{Reason: call.ReasonUpstreamStatus, GRPCCode: 14}) {
 		t.Fatal("no retry")
 	}
-	md := telemetry.Metadata{}
+	md := headers{}
 	tel.Inject(attempt(t, c), md)
 
 	s := &call.ServerCall{Service: "orders.default", Method: "POST", Path: "/shop.Orders/Get", GRPC: true, Peer: caller, MTLS: true}
@@ -214,7 +215,7 @@ func TestWithoutAPropagatorW3CIsUsed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	md := telemetry.Metadata{}
+	md := headers{}
 	ctx := tel.BeginServer(t.Context(), &call.ServerCall{GRPC: true, Path: "/a/B"}, nil)
 	tel.Inject(ctx, md)
 	if md.Get("Traceparent") == "" || len(md["traceparent"]) != 1 || len(md.Keys()) == 0 {
@@ -230,12 +231,12 @@ func TestTracesPassThroughWithoutTracing(t *testing.T) {
 	}
 	const parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 	s := &call.ServerCall{GRPC: true, Path: "/a/B"}
-	ctx := tel.BeginServer(t.Context(), s, telemetry.Metadata{"traceparent": {parent}})
+	ctx := tel.BeginServer(t.Context(), s, headers{"traceparent": {parent}})
 	c, err := engine(t, tel).Begin(ctx, "orders", rpc())
 	if err != nil {
 		t.Fatal(err)
 	}
-	out := telemetry.Metadata{}
+	out := headers{}
 	tel.Inject(attempt(t, c), out)
 	succeed(t, c)
 	tel.EndServer(ctx, s, call.Result{})
@@ -305,7 +306,7 @@ func TestMetricSeriesAreBounded(t *testing.T) {
 func bothSides(t testing.TB, tel *telemetry.Telemetry) func() {
 	e := engine(t, tel)
 	ctx, req := context.Background(), rpc()
-	md := telemetry.Metadata{}
+	md := headers{}
 	return func() {
 		c, err := e.Begin(ctx, "orders", req)
 		if err != nil {
@@ -326,7 +327,6 @@ func bothSides(t testing.TB, tel *telemetry.Telemetry) func() {
 // engine makes with or without telemetry.
 func TestTelemetryBudget(t *testing.T) {
 	for name, cfg := range map[string]telemetry.Config{
-		"no providers":     {},
 		"no-op providers":  {TracerProvider: tracenoop.NewTracerProvider(), MeterProvider: metricnoop.NewMeterProvider()},
 		"counters":         {TracerProvider: tracenoop.NewTracerProvider(), Counters: telemetry.NewCounters(0, epoch)},
 		"an access log":    {TracerProvider: tracenoop.NewTracerProvider(), AccessLog: func(call.Record) {}},
@@ -346,6 +346,52 @@ func TestTelemetryBudget(t *testing.T) {
 		})
 	}
 }
+
+// A program that has set up no tracing pays nothing for spans.
+func TestWithoutTracingNothingIsAllocated(t *testing.T) {
+	tel, err := telemetry.New(telemetry.Config{Counters: telemetry.NewCounters(0, epoch)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := testing.AllocsPerRun(200, bothSides(t, tel)) - 1; n > 0 {
+		t.Errorf("%v allocations, want 0", n)
+	}
+}
+
+// The program may set up tracing after Open; what is not ours is not ended by us.
+func TestTracingThatIsSetUpLater(t *testing.T) {
+	tel, err := telemetry.New(telemetry.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	one := func(ctx context.Context) {
+		c, err := engine(t, tel).Begin(ctx, "orders", rpc())
+		if err != nil {
+			t.Fatal(err)
+		}
+		succeed(t, c)
+		s := &call.ServerCall{GRPC: true, Path: "/a/B"}
+		tel.EndServer(tel.BeginServer(ctx, s, nil), s, call.Result{})
+	}
+	foreign := &tracers{sampled: true}
+	ctx, span := foreign.Tracer("").Start(t.Context(), "the program's own")
+	one(ctx)
+	if got := span.(interface{ attributes() int }).attributes(); got != 0 || len(foreign.ended) != 0 {
+		t.Errorf("a span of somebody else got %d attributes and %d ends", got, len(foreign.ended))
+	}
+	unset := otel.GetTracerProvider()
+	t.Cleanup(func() { otel.SetTracerProvider(unset) })
+	otel.SetTracerProvider(later)
+	before := len(later.ended)
+	one(ctx)
+	if got := len(later.ended) - before; got != 2 || len(foreign.ended) != 0 {
+		t.Errorf("%d spans ended, %d of somebody else; want 2 and 0", got, len(foreign.ended))
+	}
+}
+
+// later is what a program sets up after Open. There is one in a process: OpenTelemetry passes on to
+// the first provider that is set whatever was made before.
+var later = &tracers{sampled: true}
 
 func BenchmarkBothSides(b *testing.B) {
 	for name, cfg := range map[string]telemetry.Config{

@@ -1,0 +1,5 @@
+//go:build !race
+
+package httpmesh_test
+
+const raceEnabled = false
