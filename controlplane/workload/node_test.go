@@ -442,7 +442,7 @@ func TestResolver(t *testing.T) {
 
 func TestOnlyTheNodesUserMayAttest(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("becoming another user needs root")
+		skip(t, "becoming another user needs root")
 	}
 	h := newHouse(t, time.Hour)
 	h.startNode(nil)

@@ -24,7 +24,7 @@ import (
 func smallDisk(t *testing.T, kib int) string {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("mounting a small disk needs root")
+		skip(t, "mounting a small disk needs root")
 	}
 	dir, err := os.MkdirTemp("", "e2e-disk-")
 	if err != nil {
@@ -32,7 +32,7 @@ func smallDisk(t *testing.T, kib int) string {
 	}
 	t.Cleanup(func() { _ = os.Remove(dir) })
 	if err := syscall.Mount("inlay-e2e", dir, "tmpfs", 0, fmt.Sprintf("size=%dk", kib)); err != nil {
-		t.Skipf("mounting a small disk: %v", err)
+		skip(t, fmt.Sprintf("mounting a small disk: %v", err))
 	}
 	t.Cleanup(func() {
 		if err := syscall.Unmount(dir, 0); err != nil {

@@ -114,7 +114,7 @@ func TestStockGRPC(t *testing.T) {
 func TestStockPython(t *testing.T) {
 	python := os.Getenv("INLAY_PYTHON")
 	if python == "" {
-		t.Skip("INLAY_PYTHON is not set: run through make test, which installs grpcio and sets it")
+		skip(t, "INLAY_PYTHON is not set: run through make test, which installs grpcio and sets it")
 	}
 	m := newMesh(t, stockMesh())
 	v1, v2 := m.program("greeter", "v1", "grpc-server"), m.program("greeter", "v2", "grpc-server")

@@ -384,3 +384,12 @@ func (m *mesh) eventually(what string, holds func() bool) {
 		<-time.After(20 * time.Millisecond) // leave the processors to those who are asked
 	}
 }
+
+// skip leaves out what this machine cannot do; in CI, which can, that is a failure.
+func skip(t *testing.T, why string) {
+	t.Helper()
+	if os.Getenv("CI") != "" {
+		t.Fatal(why)
+	}
+	t.Skip(why)
+}

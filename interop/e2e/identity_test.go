@@ -91,7 +91,7 @@ func pythonFiles(t *testing.T, port string) []string {
 	t.Helper()
 	python, err := exec.LookPath("python3")
 	if err != nil {
-		t.Skip("python3 is not there: run through make test, which installs it")
+		skip(t, "python3 is not there: run through make test, which installs it")
 	}
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "index.html"), []byte("a plain page"), 0o644); err != nil {
