@@ -68,7 +68,9 @@ allocations: ## The allocation tests, which the race detector would falsify
 
 .PHONY: race
 race: ## go test -race in every module
-	for m in tools $(MODULES); do (cd $$m && INLAY_PYTHON=$(TOOLS)/venv/bin/python go test -race -timeout 20m ./...); done
+	@failed=; for m in tools $(MODULES); do \
+		(cd $$m && INLAY_PYTHON=$(TOOLS)/venv/bin/python go test -race -timeout 20m ./...) || failed="$$failed $$m"; done; \
+	if [ -n "$$failed" ]; then echo "FAIL in modules:$$failed"; exit 1; fi
 
 .PHONY: tidy
 tidy: ## go mod tidy in every module

@@ -32,13 +32,19 @@ func (e *ending) end(err error) error {
 			res.Reason = call.ReasonUpstreamStatus
 		}
 		failed := err != nil && err != io.EOF //nolint:errorlint // io.EOF: "Read must return EOF itself, not an error wrapping EOF"
+		cut := e.guard.End()
+		if err != nil && !failed && !e.raw && (cut != nil || e.cl.Err() != nil) {
+			// A server that notices that its caller is gone ends its answer in good order, and that end
+			// may be read before the connection is closed here: what was read is not the whole.
+			failed, err = true, io.ErrUnexpectedEOF
+		}
 		if failed {
 			res.Reason, res.Err, res.Detail = call.ReasonReset, err, "while reading the response: "+grpcmesh.Describe(err)
 			if ctxErr := e.cl.Err(); ctxErr != nil {
 				res.Err = errors.Join(ctxErr, err)
 			}
 		}
-		if cut := e.guard.End(); cut != nil && failed {
+		if cut != nil && failed {
 			res.Reason, res.Detail = *cut, "nothing moved while reading the response"
 		}
 		if e.body != nil {
@@ -88,7 +94,7 @@ func (b *responseBody) Read(p []byte) (int, error) {
 		return n, nil
 	}
 	b.unwatch()
-	if failed := b.ending.end(err); failed != nil && err != io.EOF && !b.ending.raw {
+	if failed := b.ending.end(err); failed != nil && !b.ending.raw {
 		return n, failed
 	}
 	return n, err

@@ -269,3 +269,42 @@ func TestConnectTimeoutIsTheClusters(t *testing.T) {
 		}
 	})
 }
+
+// slowClose is a connection that closes a second after it was told to: time for the other end,
+// which TLS has told already, to finish in good order.
+type slowClose struct{ net.Conn }
+
+func (c slowClose) Close() error {
+	time.Sleep(time.Second) // in the time of the bubble
+	return c.Conn.Close()
+}
+
+// A response that its server ended because the call was cut is not the whole response.
+func TestAnEndAfterTheCutIsNoSuccess(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca, n := newAuthority(t), newNetwork()
+		s := &server{}
+		s.handler = func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.WriteString(w, "half")
+			_ = http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		}
+		s.start(t, n, ca.issue("orders"), false)
+		m := newMesh(t, n, ca.issue("cart"), func(c *httpmesh.Config) {
+			dial := c.Dial
+			c.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+				conn, err := dial(ctx, network, addr)
+				return slowClose{conn}, err
+			}
+		})
+		routes := withRetry(orders, nil)
+		routes[0].IdleTimeout = 3 * time.Second
+		m.publish(serviceOf("orders", routes, clusterOf(orders, s.endpoint())))
+		req, _ := http.NewRequest(http.MethodGet, "http://orders/", nil)
+		_, text, err := m.do(req)
+		wantReason(t, err, call.ReasonTimeout)
+		if text != "half" {
+			t.Errorf("read %q, want half", text)
+		}
+	})
+}
