@@ -62,7 +62,9 @@ func TestHTTPOverTheMesh(t *testing.T) {
 			req, _ := http.NewRequestWithContext(ctxFor(t), "GET", "http://orders/v1", nil)
 			_, err := client.HTTPClient().Do(req)
 			var me *meshsdk.Error
-			if !errors.As(err, &me) || me.Reason != meshsdk.ReasonNoEndpoint || me.Service != "orders" {
+			// The client acknowledges an update as soon as it is decoded; a call that begins before the
+			// engine has it finds the listener closed, and nothing of it was sent.
+			if !errors.As(err, &me) || me.Reason != meshsdk.ReasonNoEndpoint && me.Reason != meshsdk.ReasonConnectFailed || me.Service != "orders" {
 				t.Errorf("call after the drain: %v", err)
 			}
 		})

@@ -38,6 +38,7 @@ func (c *Call) End(r Result) error {
 	var err *Error
 	if r.Reason != ReasonOK {
 		err = c.newError(r.Reason, r)
+		err.Outcome = outcome.Reason
 		c.err = err
 	}
 	now := c.engine.now()
@@ -97,6 +98,9 @@ func (c *Call) finish(r Result, err *Error, now time.Time) {
 	c.mu.Lock()
 	c.ended = true
 	if err != nil {
+		if err.Outcome == "" {
+			err.Outcome = err.Reason
+		}
 		err.call = c
 		err.Attempts = len(c.attempts)
 		c.err = err

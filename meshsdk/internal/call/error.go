@@ -33,6 +33,9 @@ type Error struct {
 	// Service is the name that was called, Route the route's name; Route is empty when none matched.
 	Service, Route string
 	Reason         Reason
+	// Outcome is what the last attempt ended with: Reason itself, unless that says why no further
+	// attempt was made (retry_exhausted, retry_budget).
+	Outcome Reason
 	// Attempts that were begun.
 	Attempts int
 	// Detail says what was found, Hint what to do next; either may be empty.

@@ -256,7 +256,7 @@ func (c *Client) undecided(ctx context.Context, ch *channel, method string, err 
 	if errors.Is(ctx.Err(), context.Canceled) {
 		res.Reason, res.GRPCCode = call.ReasonCancelled, int(codes.Canceled)
 	}
-	return wrap(c.cfg.Engine.Refuse(ctx, ch.name, &r, res), res)
+	return wrap(c.cfg.Engine.Refuse(ctx, ch.name, &r, res))
 }
 
 // errDenied is why a name of the outside is not called.

@@ -126,19 +126,16 @@ func finish(c *call.Call, r call.Result, err error) error {
 	if failed == nil {
 		return nil
 	}
-	return wrap(failed, r)
+	return wrap(failed)
 }
 
 // wrap gives an error of the mesh its gRPC status.
-func wrap(failed error, r call.Result) error {
+func wrap(failed error) error {
 	var e *call.Error
 	if !errors.As(failed, &e) {
 		return failed
 	}
-	code := codeOf(e.Reason)
-	if e.Reason == call.ReasonRetryExhausted || e.Reason == call.ReasonRetryBudget {
-		code = codeOf(r.Reason)
-	}
+	code := codeOf(e.Outcome) // why no further attempt was made is no code of its own
 	return &callError{status: status.New(code, e.Error()), mesh: failed}
 }
 

@@ -33,7 +33,7 @@ func (c *Client) beginOutside(ctx context.Context, ch *channel, method string) (
 		return cl, nil
 	}
 	res := call.Result{Reason: call.ReasonDenied, GRPCCode: int(codes.PermissionDenied), Unsent: true, Detail: errDenied.Error(), Err: errDenied}
-	return nil, wrap(cl.End(res), res)
+	return nil, wrap(cl.End(res))
 }
 
 // outsideResult classifies by the code alone: what lies behind it the mesh has not seen.

@@ -60,7 +60,7 @@ func (c *Client) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.Cli
 	r := request(method, listener, &s.headers, opts)
 	cl, err := c.cfg.Engine.Begin(ctx, listener, &r)
 	if err != nil {
-		return nil, wrap(err, call.Result{})
+		return nil, wrap(err)
 	}
 	s.cl = cl
 	open := false

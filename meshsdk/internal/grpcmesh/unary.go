@@ -103,7 +103,7 @@ func (c *Client) unary(ctx context.Context, method string, req, reply any, cc *g
 	r := request(method, listener, &u.headers, opts)
 	cl, err := c.cfg.Engine.Begin(ctx, listener, &r)
 	if err != nil {
-		return wrap(err, call.Result{})
+		return wrap(err)
 	}
 	defer cl.Unwind()
 	u.trace.take(c, cl)
