@@ -189,6 +189,7 @@ func TestRollingRestart(t *testing.T) {
 
 // TestRotation: certificates of 10 s for a minute of load fail no call.
 func TestRotation(t *testing.T) {
+	t.Parallel() // these four mostly wait
 	m := newMesh(t, greeterYAML(false), "--svid-ttl", "10s")
 	l := newLoad(m, 1)
 	l.progress(time.Minute)

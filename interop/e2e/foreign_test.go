@@ -69,6 +69,7 @@ func (m *mesh) stock(role string, env ...string) *proc {
 // TestStockGRPC: grpc-go's own xds:/// client calls a permissive service by plain xDS, and is told
 // why it does not get a strict one.
 func TestStockGRPC(t *testing.T) {
+	t.Parallel() // these four mostly wait
 	m := newMesh(t, stockMesh())
 	v1, v2 := m.program("greeter", "v1", "grpc-server"), m.program("greeter", "v2", "grpc-server")
 	m.endpoints("greeter", 2)
@@ -183,6 +184,7 @@ func TestGoSPIFFE(t *testing.T) {
 // TestGoSPIFFEWatch: go-spiffe's watch, which asks once and is told ever after, sees SVIDs of 6 s
 // replaced at half of their life: other serials, the same identity, each valid when it comes.
 func TestGoSPIFFEWatch(t *testing.T) {
+	t.Parallel() // these four mostly wait
 	m := newMesh(t, nil, "--svid-ttl", "6s")
 	p := m.program("shop", "", "go-spiffe-watch")
 	p.await("three serials", func(lines []string) bool { return len(serials(lines)) >= 3 })
@@ -231,6 +233,7 @@ func (svidWatcher) OnX509ContextWatchError(err error) {
 // who they are: it accepts no call and says so, and `inlay get clients` says why. Below `inlay run`
 // and by the unix socket, where the kernel says whose it is, it serves a permissive service.
 func TestStockServer(t *testing.T) {
+	t.Parallel() // these four mostly wait
 	m := newMesh(t, stockMesh())
 	nobody := m.stock("stock-server")
 	somebody := m.program("greeter", "v1", "stock-server", "GRPC_XDS_BOOTSTRAP="+m.bootstrap("greeter", "--server", "unix:"+filepath.Join(m.run, "controlplane.sock")))
