@@ -59,13 +59,22 @@ itself where a service manager does the watching.`,
 	return cmd
 }
 
+// firstRevision is how long readiness waits for the first revision to be served.
+const firstRevision = 500 * time.Millisecond
+
 // runControlPlane runs until ctx is done or a part of it ends by itself.
 func runControlPlane(ctx context.Context, cp *controlplane.ControlPlane, readyFD int) error {
 	if err := cp.Start(ctx); err != nil {
 		return err
 	}
-	// Not Ready: with a configuration that is refused at the first start it serves no revision yet,
-	// but it runs, and says so to whoever asks.
+	select {
+	case <-cp.Ready():
+	case <-cp.Failed():
+	case <-ctx.Done():
+	case <-time.After(firstRevision):
+		// A configuration that is refused at the first start: no revision is served yet, but the
+		// control plane runs, and says so to whoever asks.
+	}
 	err := tellReady(readyFD, cp.Addresses())
 	if err == nil {
 		select {
