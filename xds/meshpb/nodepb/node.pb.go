@@ -132,7 +132,10 @@ type Start struct {
 	Version   string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
 	Labels    map[string]string      `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// run_id is chosen by the caller and kept over reconnects.
-	RunId         string `protobuf:"bytes,5,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	RunId string `protobuf:"bytes,5,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	// managed asks for a cgroup of its own under the node's managed root (inlay run --ebpf). Only root
+	// may ask.
+	Managed       *Managed `protobuf:"bytes,6,opt,name=managed,proto3" json:"managed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -202,20 +205,94 @@ func (x *Start) GetRunId() string {
 	return ""
 }
 
+func (x *Start) GetManaged() *Managed {
+	if x != nil {
+		return x.Managed
+	}
+	return nil
+}
+
+// Managed is a workload whose identity is its cgroup.
+type Managed struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// uid that the program runs as; the node's list of users is asked about this one.
+	Uid uint32 `protobuf:"varint,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	// cgroup is the path that the node gave before, told again after a reconnection; empty asks for
+	// a new one.
+	Cgroup string `protobuf:"bytes,2,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
+	// raw_sockets are granted; without it sockets of type SOCK_RAW and AF_PACKET are refused.
+	RawSockets    bool `protobuf:"varint,3,opt,name=raw_sockets,json=rawSockets,proto3" json:"raw_sockets,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Managed) Reset() {
+	*x = Managed{}
+	mi := &file_inlay_node_v1_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Managed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Managed) ProtoMessage() {}
+
+func (x *Managed) ProtoReflect() protoreflect.Message {
+	mi := &file_inlay_node_v1_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Managed.ProtoReflect.Descriptor instead.
+func (*Managed) Descriptor() ([]byte, []int) {
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Managed) GetUid() uint32 {
+	if x != nil {
+		return x.Uid
+	}
+	return 0
+}
+
+func (x *Managed) GetCgroup() string {
+	if x != nil {
+		return x.Cgroup
+	}
+	return ""
+}
+
+func (x *Managed) GetRawSockets() bool {
+	if x != nil {
+		return x.RawSockets
+	}
+	return false
+}
+
 // Listening is where the program accepts plaintext connections.
 type Listening struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// port is the MeshService's port.
 	Port uint32 `protobuf:"varint,1,opt,name=port,proto3" json:"port,omitempty"`
 	// address is ip:port.
-	Address       string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	// udp says that the port is one of datagrams.
+	Udp           bool `protobuf:"varint,3,opt,name=udp,proto3" json:"udp,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Listening) Reset() {
 	*x = Listening{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[2]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -227,7 +304,7 @@ func (x *Listening) String() string {
 func (*Listening) ProtoMessage() {}
 
 func (x *Listening) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[2]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -240,7 +317,7 @@ func (x *Listening) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Listening.ProtoReflect.Descriptor instead.
 func (*Listening) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Listening) GetPort() uint32 {
@@ -257,6 +334,13 @@ func (x *Listening) GetAddress() string {
 	return ""
 }
 
+func (x *Listening) GetUdp() bool {
+	if x != nil {
+		return x.Udp
+	}
+	return false
+}
+
 // Stopped has no fields.
 type Stopped struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -266,7 +350,7 @@ type Stopped struct {
 
 func (x *Stopped) Reset() {
 	*x = Stopped{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[3]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -278,7 +362,7 @@ func (x *Stopped) String() string {
 func (*Stopped) ProtoMessage() {}
 
 func (x *Stopped) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[3]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -291,7 +375,7 @@ func (x *Stopped) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stopped.ProtoReflect.Descriptor instead.
 func (*Stopped) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 // RunResponse answers.
@@ -309,7 +393,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[4]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -321,7 +405,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[4]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -334,7 +418,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RunResponse) GetKind() isRunResponse_Kind {
@@ -400,14 +484,16 @@ type Started struct {
 	// workload_socket is the path of the SPIFFE Workload API's socket.
 	WorkloadSocket string `protobuf:"bytes,2,opt,name=workload_socket,json=workloadSocket,proto3" json:"workload_socket,omitempty"`
 	// control_plane is the INLAY_ADDR for programs of this node.
-	ControlPlane  string `protobuf:"bytes,3,opt,name=control_plane,json=controlPlane,proto3" json:"control_plane,omitempty"`
+	ControlPlane string `protobuf:"bytes,3,opt,name=control_plane,json=controlPlane,proto3" json:"control_plane,omitempty"`
+	// cgroup is the absolute path of the workload's cgroup; empty for a run that is not managed.
+	Cgroup        string `protobuf:"bytes,4,opt,name=cgroup,proto3" json:"cgroup,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Started) Reset() {
 	*x = Started{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[5]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +505,7 @@ func (x *Started) String() string {
 func (*Started) ProtoMessage() {}
 
 func (x *Started) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[5]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +518,7 @@ func (x *Started) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Started.ProtoReflect.Descriptor instead.
 func (*Started) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Started) GetSpiffeId() string {
@@ -456,6 +542,13 @@ func (x *Started) GetControlPlane() string {
 	return ""
 }
 
+func (x *Started) GetCgroup() string {
+	if x != nil {
+		return x.Cgroup
+	}
+	return ""
+}
+
 // Registered says that the port is an endpoint of the service.
 type Registered struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -469,7 +562,7 @@ type Registered struct {
 
 func (x *Registered) Reset() {
 	*x = Registered{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[6]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -481,7 +574,7 @@ func (x *Registered) String() string {
 func (*Registered) ProtoMessage() {}
 
 func (x *Registered) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[6]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -494,7 +587,7 @@ func (x *Registered) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Registered.ProtoReflect.Descriptor instead.
 func (*Registered) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Registered) GetUnreachable() string {
@@ -520,7 +613,7 @@ type Drained struct {
 
 func (x *Drained) Reset() {
 	*x = Drained{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[7]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -532,7 +625,7 @@ func (x *Drained) String() string {
 func (*Drained) ProtoMessage() {}
 
 func (x *Drained) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[7]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -545,7 +638,7 @@ func (x *Drained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drained.ProtoReflect.Descriptor instead.
 func (*Drained) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{8}
 }
 
 // AttestRequest names a process by number and start time, which together are unique.
@@ -560,7 +653,7 @@ type AttestRequest struct {
 
 func (x *AttestRequest) Reset() {
 	*x = AttestRequest{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[8]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -572,7 +665,7 @@ func (x *AttestRequest) String() string {
 func (*AttestRequest) ProtoMessage() {}
 
 func (x *AttestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[8]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -585,7 +678,7 @@ func (x *AttestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestRequest.ProtoReflect.Descriptor instead.
 func (*AttestRequest) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *AttestRequest) GetPid() uint32 {
@@ -615,7 +708,7 @@ type AttestResponse struct {
 
 func (x *AttestResponse) Reset() {
 	*x = AttestResponse{}
-	mi := &file_inlay_node_v1_node_proto_msgTypes[9]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -627,7 +720,7 @@ func (x *AttestResponse) String() string {
 func (*AttestResponse) ProtoMessage() {}
 
 func (x *AttestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_inlay_node_v1_node_proto_msgTypes[9]
+	mi := &file_inlay_node_v1_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -640,7 +733,7 @@ func (x *AttestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestResponse.ProtoReflect.Descriptor instead.
 func (*AttestResponse) Descriptor() ([]byte, []int) {
-	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{9}
+	return file_inlay_node_v1_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AttestResponse) GetSpiffeId() string {
@@ -674,19 +767,26 @@ const file_inlay_node_v1_node_proto_rawDesc = "" +
 	"\x05start\x18\x01 \x01(\v2\x14.inlay.node.v1.StartH\x00R\x05start\x128\n" +
 	"\tlistening\x18\x02 \x01(\v2\x18.inlay.node.v1.ListeningH\x00R\tlistening\x122\n" +
 	"\astopped\x18\x03 \x01(\v2\x16.inlay.node.v1.StoppedH\x00R\astoppedB\x06\n" +
-	"\x04kind\"\xe5\x01\n" +
+	"\x04kind\"\x97\x02\n" +
 	"\x05Start\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x18\n" +
 	"\aservice\x18\x02 \x01(\tR\aservice\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\tR\aversion\x128\n" +
 	"\x06labels\x18\x04 \x03(\v2 .inlay.node.v1.Start.LabelsEntryR\x06labels\x12\x15\n" +
-	"\x06run_id\x18\x05 \x01(\tR\x05runId\x1a9\n" +
+	"\x06run_id\x18\x05 \x01(\tR\x05runId\x120\n" +
+	"\amanaged\x18\x06 \x01(\v2\x16.inlay.node.v1.ManagedR\amanaged\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"9\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"T\n" +
+	"\aManaged\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\rR\x03uid\x12\x16\n" +
+	"\x06cgroup\x18\x02 \x01(\tR\x06cgroup\x12\x1f\n" +
+	"\vraw_sockets\x18\x03 \x01(\bR\n" +
+	"rawSockets\"K\n" +
 	"\tListening\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\t\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x10\n" +
+	"\x03udp\x18\x03 \x01(\bR\x03udp\"\t\n" +
 	"\aStopped\"\xba\x01\n" +
 	"\vRunResponse\x122\n" +
 	"\astarted\x18\x01 \x01(\v2\x16.inlay.node.v1.StartedH\x00R\astarted\x12;\n" +
@@ -694,11 +794,12 @@ const file_inlay_node_v1_node_proto_rawDesc = "" +
 	"registered\x18\x02 \x01(\v2\x19.inlay.node.v1.RegisteredH\x00R\n" +
 	"registered\x122\n" +
 	"\adrained\x18\x03 \x01(\v2\x16.inlay.node.v1.DrainedH\x00R\adrainedB\x06\n" +
-	"\x04kind\"t\n" +
+	"\x04kind\"\x8c\x01\n" +
 	"\aStarted\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12'\n" +
 	"\x0fworkload_socket\x18\x02 \x01(\tR\x0eworkloadSocket\x12#\n" +
-	"\rcontrol_plane\x18\x03 \x01(\tR\fcontrolPlane\"J\n" +
+	"\rcontrol_plane\x18\x03 \x01(\tR\fcontrolPlane\x12\x16\n" +
+	"\x06cgroup\x18\x04 \x01(\tR\x06cgroup\"J\n" +
 	"\n" +
 	"Registered\x12 \n" +
 	"\vunreachable\x18\x01 \x01(\tR\vunreachable\x12\x1a\n" +
@@ -728,37 +829,39 @@ func file_inlay_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_inlay_node_v1_node_proto_rawDescData
 }
 
-var file_inlay_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_inlay_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_inlay_node_v1_node_proto_goTypes = []any{
 	(*RunRequest)(nil),     // 0: inlay.node.v1.RunRequest
 	(*Start)(nil),          // 1: inlay.node.v1.Start
-	(*Listening)(nil),      // 2: inlay.node.v1.Listening
-	(*Stopped)(nil),        // 3: inlay.node.v1.Stopped
-	(*RunResponse)(nil),    // 4: inlay.node.v1.RunResponse
-	(*Started)(nil),        // 5: inlay.node.v1.Started
-	(*Registered)(nil),     // 6: inlay.node.v1.Registered
-	(*Drained)(nil),        // 7: inlay.node.v1.Drained
-	(*AttestRequest)(nil),  // 8: inlay.node.v1.AttestRequest
-	(*AttestResponse)(nil), // 9: inlay.node.v1.AttestResponse
-	nil,                    // 10: inlay.node.v1.Start.LabelsEntry
+	(*Managed)(nil),        // 2: inlay.node.v1.Managed
+	(*Listening)(nil),      // 3: inlay.node.v1.Listening
+	(*Stopped)(nil),        // 4: inlay.node.v1.Stopped
+	(*RunResponse)(nil),    // 5: inlay.node.v1.RunResponse
+	(*Started)(nil),        // 6: inlay.node.v1.Started
+	(*Registered)(nil),     // 7: inlay.node.v1.Registered
+	(*Drained)(nil),        // 8: inlay.node.v1.Drained
+	(*AttestRequest)(nil),  // 9: inlay.node.v1.AttestRequest
+	(*AttestResponse)(nil), // 10: inlay.node.v1.AttestResponse
+	nil,                    // 11: inlay.node.v1.Start.LabelsEntry
 }
 var file_inlay_node_v1_node_proto_depIdxs = []int32{
 	1,  // 0: inlay.node.v1.RunRequest.start:type_name -> inlay.node.v1.Start
-	2,  // 1: inlay.node.v1.RunRequest.listening:type_name -> inlay.node.v1.Listening
-	3,  // 2: inlay.node.v1.RunRequest.stopped:type_name -> inlay.node.v1.Stopped
-	10, // 3: inlay.node.v1.Start.labels:type_name -> inlay.node.v1.Start.LabelsEntry
-	5,  // 4: inlay.node.v1.RunResponse.started:type_name -> inlay.node.v1.Started
-	6,  // 5: inlay.node.v1.RunResponse.registered:type_name -> inlay.node.v1.Registered
-	7,  // 6: inlay.node.v1.RunResponse.drained:type_name -> inlay.node.v1.Drained
-	0,  // 7: inlay.node.v1.Node.Run:input_type -> inlay.node.v1.RunRequest
-	8,  // 8: inlay.node.v1.Node.Attest:input_type -> inlay.node.v1.AttestRequest
-	4,  // 9: inlay.node.v1.Node.Run:output_type -> inlay.node.v1.RunResponse
-	9,  // 10: inlay.node.v1.Node.Attest:output_type -> inlay.node.v1.AttestResponse
-	9,  // [9:11] is the sub-list for method output_type
-	7,  // [7:9] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	3,  // 1: inlay.node.v1.RunRequest.listening:type_name -> inlay.node.v1.Listening
+	4,  // 2: inlay.node.v1.RunRequest.stopped:type_name -> inlay.node.v1.Stopped
+	11, // 3: inlay.node.v1.Start.labels:type_name -> inlay.node.v1.Start.LabelsEntry
+	2,  // 4: inlay.node.v1.Start.managed:type_name -> inlay.node.v1.Managed
+	6,  // 5: inlay.node.v1.RunResponse.started:type_name -> inlay.node.v1.Started
+	7,  // 6: inlay.node.v1.RunResponse.registered:type_name -> inlay.node.v1.Registered
+	8,  // 7: inlay.node.v1.RunResponse.drained:type_name -> inlay.node.v1.Drained
+	0,  // 8: inlay.node.v1.Node.Run:input_type -> inlay.node.v1.RunRequest
+	9,  // 9: inlay.node.v1.Node.Attest:input_type -> inlay.node.v1.AttestRequest
+	5,  // 10: inlay.node.v1.Node.Run:output_type -> inlay.node.v1.RunResponse
+	10, // 11: inlay.node.v1.Node.Attest:output_type -> inlay.node.v1.AttestResponse
+	10, // [10:12] is the sub-list for method output_type
+	8,  // [8:10] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_inlay_node_v1_node_proto_init() }
@@ -771,7 +874,7 @@ func file_inlay_node_v1_node_proto_init() {
 		(*RunRequest_Listening)(nil),
 		(*RunRequest_Stopped)(nil),
 	}
-	file_inlay_node_v1_node_proto_msgTypes[4].OneofWrappers = []any{
+	file_inlay_node_v1_node_proto_msgTypes[5].OneofWrappers = []any{
 		(*RunResponse_Started)(nil),
 		(*RunResponse_Registered)(nil),
 		(*RunResponse_Drained)(nil),
@@ -782,7 +885,7 @@ func file_inlay_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_inlay_node_v1_node_proto_rawDesc), len(file_inlay_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -31,6 +31,9 @@ const (
 	Protocol_PROTOCOL_HTTP        Protocol = 1
 	Protocol_PROTOCOL_HTTP2       Protocol = 2
 	Protocol_PROTOCOL_GRPC        Protocol = 3
+	// TCP and UDP are for programs without the SDK: virtual addresses carry them, routes do not.
+	Protocol_PROTOCOL_TCP Protocol = 4
+	Protocol_PROTOCOL_UDP Protocol = 5
 )
 
 // Enum value maps for Protocol.
@@ -40,12 +43,16 @@ var (
 		1: "PROTOCOL_HTTP",
 		2: "PROTOCOL_HTTP2",
 		3: "PROTOCOL_GRPC",
+		4: "PROTOCOL_TCP",
+		5: "PROTOCOL_UDP",
 	}
 	Protocol_value = map[string]int32{
 		"PROTOCOL_UNSPECIFIED": 0,
 		"PROTOCOL_HTTP":        1,
 		"PROTOCOL_HTTP2":       2,
 		"PROTOCOL_GRPC":        3,
+		"PROTOCOL_TCP":         4,
+		"PROTOCOL_UDP":         5,
 	}
 )
 
@@ -320,7 +327,10 @@ type Instance struct {
 	SdkVersion string  `protobuf:"bytes,10,opt,name=sdk_version,json=sdkVersion,proto3" json:"sdk_version,omitempty"`
 	// run_id names the `inlay run` this program lives below; an instance that the SDK registers
 	// replaces the one that `inlay run --port` registered under the same run_id.
-	RunId         string `protobuf:"bytes,11,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	RunId string `protobuf:"bytes,11,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	// addresses are the IPs that connections of this workload come from, for peers on other nodes.
+	// An instance without ports serves nobody; it is a workload that policies know.
+	Addresses     []string `protobuf:"bytes,12,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -430,6 +440,13 @@ func (x *Instance) GetRunId() string {
 		return x.RunId
 	}
 	return ""
+}
+
+func (x *Instance) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
 }
 
 // Port binds a port of the service to the addresses the instance listens on.
@@ -752,7 +769,7 @@ const file_inlay_registry_v1_registry_proto_rawDesc = "" +
 	"\x05drain\x18\x03 \x01(\v2\x18.inlay.registry.v1.DrainH\x00R\x05drainB\x06\n" +
 	"\x04kind\"\a\n" +
 	"\x05Renew\"\a\n" +
-	"\x05Drain\"\xdb\x03\n" +
+	"\x05Drain\"\xf9\x03\n" +
 	"\bInstance\x12\x1f\n" +
 	"\vinstance_id\x18\x01 \x01(\tR\n" +
 	"instanceId\x12\x1c\n" +
@@ -767,7 +784,8 @@ const file_inlay_registry_v1_registry_proto_rawDesc = "" +
 	"\vsdk_version\x18\n" +
 	" \x01(\tR\n" +
 	"sdkVersion\x12\x15\n" +
-	"\x06run_id\x18\v \x01(\tR\x05runId\x1a9\n" +
+	"\x06run_id\x18\v \x01(\tR\x05runId\x12\x1c\n" +
+	"\taddresses\x18\f \x03(\tR\taddresses\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"q\n" +
@@ -790,12 +808,14 @@ const file_inlay_registry_v1_registry_proto_rawDesc = "" +
 	"\rlease_seconds\x18\x01 \x01(\rR\fleaseSeconds\x12 \n" +
 	"\vunreachable\x18\x02 \x01(\tR\vunreachable\"\x1b\n" +
 	"\aDrained\x12\x10\n" +
-	"\x03all\x18\x01 \x01(\bR\x03all*^\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all*\x82\x01\n" +
 	"\bProtocol\x12\x18\n" +
 	"\x14PROTOCOL_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rPROTOCOL_HTTP\x10\x01\x12\x12\n" +
 	"\x0ePROTOCOL_HTTP2\x10\x02\x12\x11\n" +
-	"\rPROTOCOL_GRPC\x10\x03*6\n" +
+	"\rPROTOCOL_GRPC\x10\x03\x12\x10\n" +
+	"\fPROTOCOL_TCP\x10\x04\x12\x10\n" +
+	"\fPROTOCOL_UDP\x10\x05*6\n" +
 	"\x03Tls\x12\x13\n" +
 	"\x0fTLS_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bTLS_NONE\x10\x01\x12\f\n" +
