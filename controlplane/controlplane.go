@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -26,6 +27,7 @@ import (
 	"github.com/inlay-mesh/inlay/controlplane/ca"
 	"github.com/inlay-mesh/inlay/controlplane/config"
 	"github.com/inlay-mesh/inlay/controlplane/registry"
+	"github.com/inlay-mesh/inlay/controlplane/registry/vip"
 	"github.com/inlay-mesh/inlay/controlplane/serve"
 	"github.com/inlay-mesh/inlay/controlplane/source"
 	"github.com/inlay-mesh/inlay/controlplane/xdsgen"
@@ -80,6 +82,11 @@ type Config struct {
 	SVIDTTL time.Duration
 	// LeaseTTL is how long an instance lives without renewal. Zero means 15 s.
 	LeaseTTL time.Duration
+
+	// VirtualIPv4 and VirtualIPv6 are the ranges that services get their virtual addresses from, one
+	// of each for every service. The lowest address and the highest of IPv4 are not given. Zero means
+	// 198.18.0.0/15 (RFC 2544) and fd69:6e6c:6179::/64.
+	VirtualIPv4, VirtualIPv6 netip.Prefix
 
 	// Version of the program, for texts.
 	Version string
@@ -136,6 +143,9 @@ func (cfg Config) withDefaults() (Config, error) {
 		if _, _, err := net.SplitHostPort(cfg.MTLS); err != nil {
 			faults = append(faults, fmt.Errorf("--xds-mtls-addr %q: %w: want host:port, as 0.0.0.0:15012", cfg.MTLS, err))
 		}
+	}
+	if err := vip.Check(cfg.VirtualIPv4, "--virtual-ipv4", cfg.VirtualIPv6, "--virtual-ipv6"); err != nil {
+		faults = append(faults, err)
 	}
 	return cfg, errors.Join(faults...)
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/inlay-mesh/inlay/controlplane/ca"
 	"github.com/inlay-mesh/inlay/controlplane/registry"
+	"github.com/inlay-mesh/inlay/controlplane/registry/vip"
 	"github.com/inlay-mesh/inlay/controlplane/source"
 	"github.com/inlay-mesh/inlay/controlplane/store"
 )
@@ -60,7 +61,7 @@ func (d *disk) Close() error {
 	return d.store.Close()
 }
 
-// leases and certs are nil interfaces when nothing is remembered.
+// leases, certs and virtual are nil interfaces when nothing is remembered.
 func (d *disk) leases() registry.Leases {
 	if d.store == nil {
 		return nil
@@ -69,6 +70,13 @@ func (d *disk) leases() registry.Leases {
 }
 
 func (d *disk) certs() ca.Log {
+	if d.store == nil {
+		return nil
+	}
+	return d
+}
+
+func (d *disk) virtual() vip.Store {
 	if d.store == nil {
 		return nil
 	}
@@ -113,6 +121,12 @@ func (d *disk) Instances() ([]registry.Instance, error) { return d.store.Instanc
 
 func (d *disk) WriteInstances(put []registry.Instance, del []string) error {
 	return d.note("instances", d.store.WriteInstances(put, del))
+}
+
+func (d *disk) VirtualIndexes() ([]vip.Given, error) { return d.store.VirtualIndexes() }
+
+func (d *disk) WriteVirtualIndexes(put []vip.Given, del []vip.Service) error {
+	return d.note("virtual addresses", d.store.WriteVirtualIndexes(put, del))
 }
 
 func (d *disk) Certs() ([]ca.Cert, error) { return d.store.Certs() }

@@ -13,6 +13,7 @@ import (
 	"github.com/inlay-mesh/inlay/controlplane/admin"
 	"github.com/inlay-mesh/inlay/controlplane/ca"
 	"github.com/inlay-mesh/inlay/controlplane/registry"
+	"github.com/inlay-mesh/inlay/controlplane/registry/vip"
 	"github.com/inlay-mesh/inlay/controlplane/serve"
 )
 
@@ -26,7 +27,7 @@ func Module(cfg Config) fx.Option {
 	return fx.Module("controlplane",
 		fx.Provide(fx.Private,
 			func() (Config, error) { return cfg.withDefaults() },
-			newDisk, newAuthority, newServe, newBuilds, newRegistry, newReports, newPipeline, newServers,
+			newDisk, newAuthority, newServe, newBuilds, newRegistry, newAddresses, newReports, newPipeline, newServers,
 		),
 		fx.Provide(newControlPlane),
 		fx.Invoke(hooks),
@@ -45,19 +46,27 @@ func newAuthority(cfg Config, d *disk) (*ca.CA, error) {
 }
 
 func newServe(cfg Config) *serve.Server {
-	return serve.New(serve.Config{Log: cfg.Log, Clock: cfg.Clock, Dev: cfg.Plaintext != "", TrustDomain: cfg.TrustDomain})
+	return serve.New(serve.Config{Log: cfg.Log, Clock: cfg.Clock, Dev: cfg.Plaintext != "", TrustDomain: cfg.TrustDomain, NodeUIDs: cfg.NodeUIDs})
 }
 
 func newRegistry(cfg Config, d *disk, srv *serve.Server, b builds) (*registry.Registry, error) {
 	r, err := registry.New(registry.Config{
 		Store: d.leases(), TrustDomain: cfg.TrustDomain, LeaseTTL: cfg.LeaseTTL, NodeUIDs: cfg.NodeUIDs,
 		WaitDrained: func(ctx context.Context, id string) bool { return b.settle(ctx) && srv.WaitDrained(ctx, id) },
-		MTLSMode:    mtlsMode(srv), Clock: cfg.Clock, Log: cfg.Log,
+		MTLSMode:    mtlsMode(srv), Plain: plainPort(srv), Clock: cfg.Clock, Log: cfg.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	return r, nil
+}
+
+func newAddresses(cfg Config, d *disk) (*vip.Allocator, error) {
+	a, err := vip.New(vip.Config{IPv4: cfg.VirtualIPv4, IPv6: cfg.VirtualIPv6, Store: d.virtual(), Log: cfg.Log})
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return a, nil
 }
 
 func newReports(cfg Config) *admin.Reports {

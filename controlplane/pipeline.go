@@ -14,6 +14,7 @@ import (
 	"github.com/inlay-mesh/inlay/controlplane/config"
 	"github.com/inlay-mesh/inlay/controlplane/ir"
 	"github.com/inlay-mesh/inlay/controlplane/registry"
+	"github.com/inlay-mesh/inlay/controlplane/registry/vip"
 	"github.com/inlay-mesh/inlay/controlplane/serve"
 	"github.com/inlay-mesh/inlay/controlplane/source"
 )
@@ -50,6 +51,7 @@ type pipeline struct {
 	dir      *source.Dir // nil: Apply only
 	disk     *disk
 	registry *registry.Registry
+	virtual  *vip.Allocator
 	serve    *serve.Server
 	reports  *admin.Reports
 	builds   builds
@@ -96,9 +98,9 @@ type applyResult struct {
 	err     error
 }
 
-func newPipeline(cfg Config, d *disk, reg *registry.Registry, srv *serve.Server, reports *admin.Reports, b builds) (*pipeline, error) {
+func newPipeline(cfg Config, d *disk, reg *registry.Registry, virtual *vip.Allocator, srv *serve.Server, reports *admin.Reports, b builds) (*pipeline, error) {
 	p := &pipeline{
-		cfg: cfg, disk: d, registry: reg, serve: srv, reports: reports, builds: b, log: cfg.Log,
+		cfg: cfg, disk: d, registry: reg, virtual: virtual, serve: srv, reports: reports, builds: b, log: cfg.Log,
 		revisions: make(chan source.Revision),
 		applies:   make(chan applyRequest),
 		trouble:   make(chan struct{}, 1),
@@ -207,7 +209,7 @@ func (p *pipeline) accept(rev source.Revision, remember bool) []config.Finding {
 	p.plan, p.revision = plan, rev.ID
 	p.build(func(s *state) {
 		s.revision, s.time = rev.ID, at
-		s.objects = len(set.Services) + len(set.Policies) + len(set.Routes)
+		s.objects = set.Len()
 		s.warnings, s.faults = findings, nil
 	})
 	p.log.Info("revision is served", "revision", rev.ID, "files", len(rev.Files), "warnings", len(findings))
@@ -238,7 +240,9 @@ func (p *pipeline) build(also func(*state)) {
 	began := p.cfg.Clock.Now()
 	p.builds.begin()
 	p.registered = p.registry.Changed() // before the snapshot, so that nothing between is lost
-	mesh, findings := p.plan.Build(p.registry.Snapshot(), p.cfg.TrustDomain, p.revision)
+	instances := p.registry.Snapshot()
+	instances.Addresses = p.virtual.Assign(p.plan.Names(instances))
+	mesh, findings := p.plan.Build(instances, p.cfg.TrustDomain, p.revision)
 	err := p.serve.Publish(mesh)
 	p.builds.end()
 	if err != nil {

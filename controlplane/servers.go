@@ -173,7 +173,9 @@ func (s *servers) serveAll(context.Context) error {
 			resolve = workload.NewResolver(s.cfg.NodeSocket)
 		}
 		s.attesting = newReattesting(attest.NewCredentials(resolve), s.cfg.Clock)
-		s.serveGRPC(lis, gated{s.attesting, s.gate}, s.attesting.options(), s.serve.Register, s.registry.Register, s.reports.Register, s.ca.Register)
+		// A node agent that comes back names every service that it has in one request.
+		opts := append(s.attesting.options(), grpc.MaxRecvMsgSize(maxLocalRequest))
+		s.serveGRPC(lis, gated{s.attesting, s.gate}, opts, s.serve.Register, s.registry.Register, s.reports.Register, s.ca.Register)
 	}
 	if lis := s.bound[AddressAdmin]; lis != nil {
 		s.start(&s.http, "admin", func(ctx context.Context) error { return s.admin.Serve(ctx, lis) })
@@ -198,6 +200,10 @@ func (s *servers) serveGRPC(lis net.Listener, creds credentials.TransportCredent
 		}
 	})
 }
+
+// maxLocalRequest bounds one message of a local process, in bytes: enough for the names and
+// versions of 200,000 services.
+const maxLocalRequest = 16 << 20
 
 // drainTime bounds how long calls in flight may take when the control plane stops. The long
 // streams are ended before, with a status that has their clients come back.

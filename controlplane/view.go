@@ -92,7 +92,7 @@ func (v *view) RouteClients(svc *ir.Service, port *ir.Port, route *ir.Route) map
 		return nil
 	}
 	out := make(map[string]string)
-	for _, k := range xdsgen.Kinds() {
+	for _, k := range xdsgen.Callers() {
 		out[k.String()] = views.RouteStatus(k, svc, port, route)
 	}
 	return out
@@ -163,15 +163,43 @@ func mtlsMode(srv *serve.Server) func(namespace, service string) ir.MTLS {
 		if views == nil {
 			return ir.Strict
 		}
-		services := views.Mesh().Services
-		i, ok := slices.BinarySearchFunc(services, [2]string{namespace, service}, func(s ir.Service, want [2]string) int {
-			return cmp.Or(cmp.Compare(s.Namespace, want[0]), cmp.Compare(s.Name, want[1]))
-		})
-		if !ok {
+		s := serviceOf(views.Mesh(), namespace, service)
+		if s == nil {
 			return ir.Strict
 		}
-		return services[i].MTLS
+		return s.MTLS
 	}
+}
+
+// plainPort is Config.Plain of package registry: the declared protocol counts, else the registered.
+func plainPort(srv *serve.Server) func(namespace, service string, p registry.PortBinding) bool {
+	return func(namespace, service string, p registry.PortBinding) bool {
+		registered := p.Protocol == "TCP" || p.UDP()
+		views := srv.Views()
+		if views == nil {
+			return registered
+		}
+		s := serviceOf(views.Mesh(), namespace, service)
+		if s == nil || !s.Declared {
+			return registered
+		}
+		i := slices.IndexFunc(s.Ports, func(o ir.Port) bool { return o.Number == p.Port && (o.Protocol == ir.UDP) == p.UDP() })
+		if i < 0 {
+			return registered
+		}
+		return s.Ports[i].Protocol.Plain()
+	}
+}
+
+// serviceOf finds a service; nil when the mesh has none of that name.
+func serviceOf(m *ir.Mesh, namespace, service string) *ir.Service {
+	i, ok := slices.BinarySearchFunc(m.Services, [2]string{namespace, service}, func(s ir.Service, want [2]string) int {
+		return cmp.Or(cmp.Compare(s.Namespace, want[0]), cmp.Compare(s.Name, want[1]))
+	})
+	if !ok {
+		return nil
+	}
+	return &m.Services[i]
 }
 
 func findings(in []config.Finding) []*adminpb.Finding {

@@ -55,6 +55,10 @@ func (s *Server) ListServices(context.Context, *connect.Request[adminpb.ListServ
 		for _, v := range svc.Versions {
 			row.Versions = append(row.Versions, v.Name)
 		}
+		for _, a := range svc.VirtualAddresses {
+			row.VirtualAddresses = append(row.VirtualAddresses, a.String())
+		}
+		row.Workloads = uint32(len(svc.Workloads))
 		row.Endpoints, row.Ready = countEndpoints(svc)
 		out.Services = append(out.Services, row)
 	}
@@ -323,6 +327,10 @@ func protocolText(p ir.Protocol) string {
 		return "GRPC"
 	case ir.HTTP2:
 		return "HTTP2"
+	case ir.TCP:
+		return "TCP"
+	case ir.UDP:
+		return "UDP"
 	}
 	return "HTTP"
 }

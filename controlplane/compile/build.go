@@ -26,7 +26,7 @@ func (p *Plan) Build(instances registry.Snapshot, trustDomain, revision string) 
 		n := name{in.Namespace, in.Service}
 		b.instances[n] = append(b.instances[n], in)
 	}
-	mesh := &ir.Mesh{Revision: revision, TrustDomain: trustDomain}
+	mesh := &ir.Mesh{Revision: revision, TrustDomain: trustDomain, NetworkPolicies: p.network}
 	var names []name
 	for _, s := range p.services {
 		n := name{s.Namespace, s.Name}
@@ -45,11 +45,31 @@ func (p *Plan) Build(instances registry.Snapshot, trustDomain, revision string) 
 	for _, n := range names {
 		mesh.Services = append(mesh.Services, b.service(n))
 	}
+	b.virtualAddresses(mesh, instances.Addresses)
 	b.addUnknown(mesh)
 	slices.SortFunc(mesh.Services, func(x, y ir.Service) int {
 		return cmp.Or(cmp.Compare(x.Namespace, y.Namespace), cmp.Compare(x.Name, y.Name))
 	})
 	return mesh, config.SortFindings(b.findings)
+}
+
+// virtualAddresses fills in the addresses of each service.
+func (b *builder) virtualAddresses(mesh *ir.Mesh, addresses registry.Addresses) {
+	if addresses == nil {
+		return
+	}
+	var without []string
+	for i := range mesh.Services {
+		s := &mesh.Services[i]
+		if s.VirtualAddresses = addresses.Of(s.Namespace, s.Name); len(s.VirtualAddresses) == 0 {
+			without = append(without, s.Name+"."+s.Namespace)
+		}
+	}
+	if len(without) > 0 {
+		slices.Sort(without)
+		b.warn(object.Pos{}, object.NoVirtualAddress, "%d services have no virtual address, since all of %s are taken: %s%s: programs without the SDK cannot call them by name; give the control plane a larger range",
+			len(without), addresses.Range(), strings.Join(without[:min(5, len(without))], ", "), map[bool]string{true: ", ..."}[len(without) > 5])
+	}
 }
 
 type port struct {
@@ -72,7 +92,7 @@ type builder struct {
 	findings    []config.Finding
 }
 
-var protocols = map[object.Protocol]ir.Protocol{object.GRPC: ir.GRPC, object.HTTP: ir.HTTP, object.HTTP2: ir.HTTP2}
+var protocols = map[object.Protocol]ir.Protocol{object.GRPC: ir.GRPC, object.HTTP: ir.HTTP, object.HTTP2: ir.HTTP2, object.TCP: ir.TCP, object.UDP: ir.UDP}
 
 func (b *builder) warn(p object.Pos, c object.Code, format string, args ...any) {
 	b.findings = append(b.findings, object.At(p, c, format, args...))
@@ -82,7 +102,10 @@ func (b *builder) warn(p object.Pos, c object.Code, format string, args ...any) 
 func (b *builder) undeclaredPorts(s *object.Service) {
 	for _, in := range b.instances[name{s.Namespace, s.Name}] {
 		for _, pb := range in.Ports {
-			switch sp := portOf(s, pb.Port); {
+			switch sp := transportOf(s, pb.Port, pb.UDP()); {
+			case sp == nil && portOf(s, pb.Port) != nil:
+				sp = portOf(s, pb.Port)
+				b.warn(sp.Pos, object.RegisteredProtocol, "%s: instances registered port %d as %s, which it has as %s: that is not used", label(s.Meta), pb.Port, pb.Protocol, sp.Protocol)
 			case sp == nil:
 				b.warn(s.Pos, object.RegisteredPort, "%s: instances registered port %d, which it does not list and which gets no call: it has %s", label(s.Meta), pb.Port, portList(s))
 			case string(sp.Protocol) != pb.Protocol && saysProtocol(in):
@@ -108,7 +131,7 @@ func (b *builder) registeredPorts(n name) []port {
 			if !ok {
 				continue // the registry admits no other
 			}
-			i := slices.IndexFunc(out, func(p port) bool { return p.number == pb.Port })
+			i := slices.IndexFunc(out, func(p port) bool { return p.number == pb.Port && (p.protocol == ir.UDP) == pb.UDP() })
 			switch {
 			case i < 0:
 				out = append(out, port{pb.Port, protocol})
@@ -117,7 +140,9 @@ func (b *builder) registeredPorts(n name) []port {
 			}
 		}
 	}
-	slices.SortFunc(out, func(x, y port) int { return cmp.Compare(x.number, y.number) })
+	slices.SortFunc(out, func(x, y port) int {
+		return cmp.Or(cmp.Compare(x.number, y.number), cmp.Compare(x.protocol, y.protocol))
+	})
 	return out
 }
 
@@ -137,7 +162,7 @@ func (b *builder) service(n name) ir.Service {
 	for _, p := range b.ports[n] {
 		ip := ir.Port{Number: p.number, Protocol: p.protocol}
 		whole := b.cluster(n, p, "", out.MTLS)
-		whole.Endpoints = b.endpoints(n, p.number, declared, out.MTLS)
+		whole.Endpoints = b.endpoints(n, p, declared, out.MTLS)
 		ip.Clusters = append(ip.Clusters, whole)
 		for _, v := range out.Versions {
 			c := b.cluster(n, p, v.Name, out.MTLS)
@@ -148,9 +173,12 @@ func (b *builder) service(n name) ir.Service {
 			}
 			ip.Clusters = append(ip.Clusters, c)
 		}
-		ip.Routes = b.routes(n, p, declared)
+		if !p.protocol.Plain() {
+			ip.Routes = b.routes(n, p, declared)
+		}
 		out.Ports = append(out.Ports, ip)
 	}
+	out.Workloads = b.workloads(n, declared)
 	return out
 }
 
@@ -174,8 +202,12 @@ func clusterName(n name, port uint16, version string) string {
 
 func (b *builder) cluster(n name, p port, version string, mtls ir.MTLS) ir.Cluster {
 	m := merge(b.policiesOf(n, version)...)
+	id := clusterName(n, p.number, version)
+	if p.protocol == ir.UDP {
+		id += "/udp" // beside the one over TCP; no client asks for it by name
+	}
 	return ir.Cluster{
-		Name:      clusterName(n, p.number, version),
+		Name:      id,
 		Namespace: n.namespace,
 		Service:   n.service,
 		Port:      p.number,
@@ -336,19 +368,24 @@ func (b *builder) backend(p port, m match, i int) ir.Backend {
 		}
 	}
 	out.Cluster = clusterName(n, number, "")
-	if slices.ContainsFunc(ports, func(x port) bool { return x.number == number }) {
+	if slices.ContainsFunc(ports, func(x port) bool { return x.number == number && !x.protocol.Plain() }) {
 		return out
 	}
-	if len(ports) == 0 {
+	plain := slices.ContainsFunc(ports, func(x port) bool { return x.number == number })
+	if plain {
+		out.Invalid = fmt.Sprintf("port %d of service %q in namespace %q is plain TCP or UDP, which carries no calls", number, n.service, n.namespace)
+	} else if len(b.instances[n]) == 0 {
 		out.Invalid = fmt.Sprintf("neither configuration nor registry knows a service %q in namespace %q", n.service, n.namespace)
 	} else {
 		var have []string
 		for _, x := range ports {
 			have = append(have, fmt.Sprint(x.number))
 		}
-		out.Invalid = fmt.Sprintf("service %q in namespace %q has no port %d: its instances registered %s", n.service, n.namespace, number, strings.Join(have, ", "))
+		out.Invalid = fmt.Sprintf("service %q in namespace %q has no port %d: its instances registered %s", n.service, n.namespace, number, cmp.Or(strings.Join(have, ", "), "none"))
 	}
-	b.unknown[portKey{n, number}] = unknown{p.protocol, out.Invalid}
+	if !plain { // that one has a cluster, which no client of calls is served
+		b.unknown[portKey{n, number}] = unknown{p.protocol, out.Invalid}
+	}
 	b.warn(be.Pos, object.UnknownBackend, "%s: spec.rules[%d].backendRefs[%d]: %s: its share of the calls fails until one is declared or registers", label(m.route.Meta), m.rule, i, out.Invalid)
 	return out
 }

@@ -24,8 +24,8 @@ import (
 
 var update = flag.Bool("update", false, "rewrite the golden files")
 
-// TestCompile reads YAML files and instances.json of each archive; "ir" and "findings" are what
-// they must become.
+// TestCompile reads YAML files, instances.json and addresses.json of each archive; "ir" and
+// "findings" are what they must become.
 func TestCompile(t *testing.T) {
 	paths, err := filepath.Glob("testdata/*.txtar")
 	if err != nil || len(paths) == 0 {
@@ -60,6 +60,13 @@ type archive struct {
 	instances registry.Snapshot
 }
 
+// addresses are virtual ones by NAMESPACE/NAME.
+type addresses map[string][]netip.Addr
+
+func (a addresses) Of(namespace, service string) []netip.Addr { return a[namespace+"/"+service] }
+
+func (a addresses) Range() string { return "198.18.0.0/30" }
+
 func input(t *testing.T, ar *txtar.Archive) archive {
 	t.Helper()
 	var in archive
@@ -70,7 +77,12 @@ func input(t *testing.T, ar *txtar.Archive) archive {
 		case ".json":
 			dec := json.NewDecoder(strings.NewReader(string(f.Data)))
 			dec.DisallowUnknownFields()
-			if err := dec.Decode(&in.instances.Instances); err != nil {
+			var into any = &in.instances.Instances
+			if f.Name == "addresses.json" {
+				a := addresses{}
+				in.instances.Addresses, into = a, &a
+			}
+			if err := dec.Decode(into); err != nil {
 				t.Fatalf("%s: %v", f.Name, err)
 			}
 		}
@@ -116,6 +128,12 @@ func dumpMesh(m *ir.Mesh) string {
 	return b.String()
 }
 
+// flat are the structs whose lists stand in one line.
+var flat = map[reflect.Type]bool{
+	reflect.TypeFor[netip.AddrPort](): true, reflect.TypeFor[netip.Addr](): true, reflect.TypeFor[netip.Prefix](): true,
+	reflect.TypeFor[ir.HeaderMatch](): true,
+}
+
 func dump(b *strings.Builder, indent, label string, v reflect.Value) {
 	if v.Kind() == reflect.Pointer {
 		if v.IsNil() {
@@ -123,20 +141,20 @@ func dump(b *strings.Builder, indent, label string, v reflect.Value) {
 		}
 		v = v.Elem()
 	}
-	flat, nested := "", []int{}
+	line, nested := "", []int{}
 	for i := range v.NumField() {
 		f, name := v.Field(i), v.Type().Field(i).Name
 		switch {
-		case f.Kind() == reflect.Slice && f.Type().Elem().Kind() == reflect.Struct && f.Type().Elem() != reflect.TypeFor[netip.AddrPort]() && f.Type().Elem() != reflect.TypeFor[ir.HeaderMatch]():
+		case f.Kind() == reflect.Slice && f.Type().Elem().Kind() == reflect.Struct && !flat[f.Type().Elem()]:
 			nested = append(nested, i)
 		case f.Type() == reflect.TypeFor[ir.ClusterPolicy]() || f.Type() == reflect.TypeFor[*ir.Retry]():
 			nested = append(nested, i)
 		case f.IsZero():
 		default:
-			flat += " " + name + "=" + text(f)
+			line += " " + name + "=" + text(f)
 		}
 	}
-	fmt.Fprintf(b, "%s%s%s\n", indent, label, flat)
+	fmt.Fprintf(b, "%s%s%s\n", indent, label, line)
 	for _, i := range nested {
 		f, name := v.Field(i), v.Type().Field(i).Name
 		if f.Kind() != reflect.Slice {
@@ -144,9 +162,19 @@ func dump(b *strings.Builder, indent, label string, v reflect.Value) {
 			continue
 		}
 		for j := range f.Len() {
-			dump(b, indent+"  ", strings.TrimSuffix(name, "s"), f.Index(j))
+			dump(b, indent+"  ", singular(name), f.Index(j))
 		}
 	}
+}
+
+func singular(name string) string {
+	switch name {
+	case "Ingress", "Egress":
+		return name
+	case "NetworkPolicies":
+		return "NetworkPolicy"
+	}
+	return strings.TrimSuffix(name, "s")
 }
 
 func text(v reflect.Value) string {
@@ -156,7 +184,13 @@ func text(v reflect.Value) string {
 	case time.Duration:
 		return x.String()
 	case ir.Protocol:
-		return []string{"HTTP", "HTTP2", "GRPC"}[x]
+		return []string{"HTTP", "HTTP2", "GRPC", "TCP", "UDP"}[x]
+	case ir.Transport:
+		return []string{"any", "TCP", "UDP", "ICMP"}[x]
+	case ir.Entity:
+		return []string{"none", "host", "world", "mesh"}[x]
+	case ir.Selector:
+		return fmt.Sprintf("{%s/%s %v}", x.Namespace, x.Service, x.Labels)
 	case ir.MTLS:
 		return []string{"strict", "permissive"}[x]
 	case ir.PathKind:

@@ -21,11 +21,11 @@ type candidate struct {
 
 // endpoints are the static and registered endpoints of one port, by instance id, then address.
 // Each address is there once: EDS with an address twice is rejected by some clients.
-func (b *builder) endpoints(n name, port uint16, declared *object.Service, mtls ir.MTLS) []ir.Endpoint {
+func (b *builder) endpoints(n name, p port, declared *object.Service, mtls ir.MTLS) []ir.Endpoint {
 	var all []candidate
 	for _, in := range b.instances[n] {
 		for _, pb := range in.Ports {
-			if pb.Port != port || len(pb.Addresses) == 0 {
+			if pb.Port != p.number || pb.UDP() != (p.protocol == ir.UDP) || len(pb.Addresses) == 0 {
 				continue
 			}
 			e := ir.Endpoint{
@@ -44,7 +44,7 @@ func (b *builder) endpoints(n name, port uint16, declared *object.Service, mtls 
 	}
 	if declared != nil {
 		for i := range declared.Endpoints {
-			if e, ok := static(&declared.Endpoints[i], port); ok {
+			if e, ok := static(&declared.Endpoints[i], p.number); ok {
 				all = append(all, candidate{Endpoint: e})
 			}
 		}
@@ -64,7 +64,7 @@ func (b *builder) endpoints(n name, port uint16, declared *object.Service, mtls 
 		for _, a := range c.Addresses {
 			taken[a] = true
 		}
-		if mtls == ir.Strict && !c.MeshTLS {
+		if mtls == ir.Strict && !c.MeshTLS && !p.protocol.Plain() {
 			c.Unreachable = notMesh
 		}
 		out = append(out, c.Endpoint)

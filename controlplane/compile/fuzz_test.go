@@ -53,6 +53,33 @@ func FuzzCompile(f *testing.F) {
 
 func checkMesh(t *testing.T, mesh *ir.Mesh) {
 	t.Helper()
+	for i := range mesh.NetworkPolicies {
+		p := &mesh.NetworkPolicies[i]
+		if p.Subject.Namespace != p.Namespace || p.Subject.Service == "" && len(p.Subject.Labels) == 0 || len(p.Ingress)+len(p.Egress) == 0 {
+			t.Fatalf("policy %s/%s selects nothing, or without effect: %+v", p.Namespace, p.Name, p)
+		}
+		for _, r := range slices.Concat(p.Ingress, p.Egress) {
+			for _, peer := range r.Peers {
+				kinds := 0
+				for _, is := range []bool{peer.Workloads.Namespace != "", peer.CIDR.IsValid(), peer.Entity != ir.NoEntity} {
+					if is {
+						kinds++
+					}
+				}
+				if kinds != 1 || peer.CIDR.IsValid() && peer.CIDR != peer.CIDR.Masked() {
+					t.Fatalf("policy %s/%s: peer %+v is %d of the three kinds, want 1", p.Namespace, p.Name, peer, kinds)
+				}
+			}
+			for _, pr := range r.Ports {
+				if pr.First > pr.Last || (pr.First == 0) != (pr.Last == 0) || pr.Protocol == ir.TransportICMP && pr.First != 0 || pr.Protocol == ir.AnyTransport {
+					t.Fatalf("policy %s/%s: ports %+v", p.Namespace, p.Name, pr)
+				}
+			}
+			if r.Errno != 0 && !r.Deny {
+				t.Fatalf("policy %s/%s: errno without deny", p.Namespace, p.Name)
+			}
+		}
+	}
 	clusters := map[string]bool{}
 	for _, s := range mesh.Services {
 		for _, p := range s.Ports {

@@ -8,6 +8,9 @@ import (
 
 	"github.com/inlay-mesh/inlay/controlplane/config"
 	"github.com/inlay-mesh/inlay/controlplane/config/object"
+	"github.com/inlay-mesh/inlay/controlplane/ir"
+	"github.com/inlay-mesh/inlay/controlplane/registry"
+	"github.com/inlay-mesh/inlay/controlplane/registry/vip"
 )
 
 // Plan is a configuration whose names are resolved as far as that needs no instances. It is
@@ -17,6 +20,24 @@ type Plan struct {
 	byName   map[name]*object.Service
 	policies map[target]*object.Policy
 	attached map[portKey][]match // in the order in which they are tried
+	network  []ir.NetworkPolicy  // by namespace, then name
+}
+
+// Names are the services that the plan declares or instances registered: who gets a virtual
+// address. Declared ones come first, each part by namespace, then name.
+func (p *Plan) Names(instances registry.Snapshot) []vip.Service {
+	out := make([]vip.Service, 0, len(p.services))
+	for _, s := range p.services {
+		out = append(out, vip.Service{Namespace: s.Namespace, Name: s.Name})
+	}
+	for i := range instances.Instances { // by namespace and service
+		in := &instances.Instances[i]
+		n := vip.Service{Namespace: in.Namespace, Name: in.Service}
+		if p.byName[name{n.Namespace, n.Name}] == nil && (len(out) == 0 || out[len(out)-1] != n) {
+			out = append(out, n)
+		}
+	}
+	return out
 }
 
 type name struct{ namespace, service string }
@@ -75,6 +96,7 @@ func Resolve(set *config.Set) (*Plan, []config.Finding) {
 	for i := range set.Routes {
 		r.route(&set.Routes[i])
 	}
+	r.networkPolicies()
 	r.order()
 	findings := config.SortFindings(r.findings)
 	if config.HasFaults(findings) || len(set.Refused) > 0 || set.Incomplete {
@@ -105,10 +127,16 @@ func label(m object.Meta) string {
 }
 
 func (r *resolver) service(s *object.Service) {
-	if len(s.Ports) > 1 {
-		r.add(s.Ports[1].Pos, object.FirstPort, "%s: has %d ports: %q without a port means the first, %d", label(s.Meta), len(s.Ports), s.Name, s.Ports[0].Number)
+	var calls []object.Port // those that a call can go to
+	for _, p := range s.Ports {
+		if !p.Protocol.Plain() {
+			calls = append(calls, p)
+		}
 	}
-	if s.Permissive {
+	if len(calls) > 1 {
+		r.add(calls[1].Pos, object.FirstPort, "%s: has %d ports: %q without a port means the first, %d", label(s.Meta), len(calls), s.Name, calls[0].Number)
+	}
+	if s.Permissive || len(calls) == 0 {
 		return
 	}
 	for _, e := range s.Endpoints {
@@ -130,6 +158,8 @@ func (r *resolver) policy(p *object.Policy) {
 	case p.Target.Version != "" && !hasVersion(s, p.Target.Version):
 		r.add(p.Target.Pos, object.UnknownVersion, "%s: spec.targetRef: %s", label(p.Meta), noVersion(s, p.Target.Version))
 		return
+	case s.Plain():
+		r.add(p.Target.Pos, object.NoEffect, "%s: spec.targetRef: each port of MeshService %q is TCP or UDP, which carry no calls: the policy has no effect there", label(p.Meta), s.Name)
 	}
 	t := target{n, p.Target.Version}
 	if first := r.plan.policies[t]; first != nil {
@@ -182,10 +212,18 @@ func portList(s *object.Service) string {
 	return strings.Join(have, ", ")
 }
 
+// portOf returns the port of that number; of two the one that is not UDP.
 func portOf(s *object.Service, number uint16) *object.Port {
+	if p := transportOf(s, number, false); p != nil {
+		return p
+	}
+	return transportOf(s, number, true)
+}
+
+func transportOf(s *object.Service, number uint16, udp bool) *object.Port {
 	for i := range s.Ports {
-		if s.Ports[i].Number == number {
-			return &s.Ports[i]
+		if p := &s.Ports[i]; p.Number == number && (p.Protocol == object.UDP) == udp {
+			return p
 		}
 	}
 	return nil
@@ -228,6 +266,9 @@ func (r *resolver) portsOf(route *object.Route, p object.Parent, s *object.Servi
 		case port == nil:
 			r.add(p.Pos, object.UnknownPort, "%s: spec.parentRefs: MeshService %q has no port %d: it has %s", label(route.Meta), s.Name, p.Port, portList(s))
 			return nil
+		case port.Protocol.Plain():
+			r.add(p.Pos, object.WrongProtocol, "%s: spec.parentRefs: port %d of MeshService %q is %s, whose connections are not routed: want a port of GRPC, HTTP or HTTP2", label(route.Meta), p.Port, s.Name, port.Protocol)
+			return nil
 		case route.GRPC() && port.Protocol == object.HTTP:
 			r.add(p.Pos, object.WrongProtocol, "%s: spec.parentRefs: port %d of MeshService %q speaks HTTP (HTTP/1.1): a GRPCRoute wants GRPC or HTTP2", label(route.Meta), p.Port, s.Name)
 			return nil
@@ -235,14 +276,18 @@ func (r *resolver) portsOf(route *object.Route, p object.Parent, s *object.Servi
 		return []*object.Port{port}
 	}
 	// GEP-1294: "If `port` is not set, the implementation MUST associate the route with all ports
-	// defined in the Service"; those that cannot carry gRPC at all are left out.
+	// defined in the Service"; those that cannot carry what is routed at all are left out.
 	var out []*object.Port
 	for i := range s.Ports {
-		if !route.GRPC() || s.Ports[i].Protocol != object.HTTP {
+		if p := s.Ports[i].Protocol; !p.Plain() && (!route.GRPC() || p != object.HTTP) {
 			out = append(out, &s.Ports[i])
 		}
 	}
-	if len(out) == 0 {
+	switch {
+	case len(out) > 0:
+	case s.Plain():
+		r.add(p.Pos, object.WrongProtocol, "%s: spec.parentRefs: each port of MeshService %q is TCP or UDP, whose connections are not routed: want a service with a port of GRPC, HTTP or HTTP2", label(route.Meta), s.Name)
+	default:
 		r.add(p.Pos, object.WrongProtocol, "%s: spec.parentRefs: MeshService %q speaks HTTP (HTTP/1.1) on each port: a GRPCRoute wants GRPC or HTTP2", label(route.Meta), s.Name)
 	}
 	return out
@@ -277,6 +322,8 @@ func (r *resolver) backends(route *object.Route, p object.Parent, port *object.P
 				r.add(b.Pos, object.UnknownPort, "%s: MeshService %q has no port %d, which comes from the parentRef: write port: one of %s", at, s.Name, number, portList(s))
 			case to == nil:
 				r.add(b.Pos, object.UnknownPort, "%s: MeshService %q has no port %d: it has %s", at, s.Name, number, portList(s))
+			case to.Protocol.Plain():
+				r.add(b.Pos, object.WrongProtocol, "%s: port %d of MeshService %q is %s, which carries no calls: want a port of GRPC, HTTP or HTTP2", at, number, s.Name, to.Protocol)
 			case to.Protocol == object.HTTP && (route.GRPC() || port != nil && port.Protocol == object.GRPC):
 				r.add(b.Pos, object.WrongProtocol, "%s: port %d of MeshService %q speaks HTTP (HTTP/1.1): gRPC wants GRPC or HTTP2", at, number, s.Name)
 			}
@@ -285,7 +332,7 @@ func (r *resolver) backends(route *object.Route, p object.Parent, port *object.P
 }
 
 // declaredPort is the port that a backendRef means: its own, else the parentRef's, else the only
-// one of its service; zero when there are several.
+// one of its service that carries calls; zero when there are several, or none of several.
 func declaredPort(b *object.Backend, parentPort uint16, s *object.Service) uint16 {
 	switch {
 	case b.Port != 0:
@@ -295,7 +342,17 @@ func declaredPort(b *object.Backend, parentPort uint16, s *object.Service) uint1
 	case len(s.Ports) == 1:
 		return s.Ports[0].Number
 	}
-	return 0
+	var only uint16
+	for _, p := range s.Ports {
+		switch {
+		case p.Protocol.Plain():
+		case only != 0:
+			return 0
+		default:
+			only = p.Number
+		}
+	}
+	return only
 }
 
 // order sorts what is attached to each port and finds what can never be reached.

@@ -4,7 +4,7 @@
 //
 // It is strict: a field, kind or value it does not know is a fault with file, line and column, and
 // never ignored. It is pure: no clock, no disk, no log, and it never panics on any bytes.
-// Kinds: MeshService and TrafficPolicy (inlay.dev/v1alpha1), HTTPRoute and GRPCRoute
+// Kinds: MeshService, TrafficPolicy and NetworkPolicy (inlay.dev/v1alpha1), HTTPRoute and GRPCRoute
 // (gateway.networking.k8s.io/v1). docs/config.md is their reference.
 package config
 

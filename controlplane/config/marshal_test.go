@@ -25,6 +25,9 @@ func Marshal(s *Set) ([]byte, error) {
 	for i := range s.Policies {
 		docs = append(docs, document(s.Policies[i].Meta, policySpec(&s.Policies[i])))
 	}
+	for i := range s.NetworkPolicies {
+		docs = append(docs, document(s.NetworkPolicies[i].Meta, networkSpec(&s.NetworkPolicies[i])))
+	}
 	for i := range s.Routes {
 		docs = append(docs, document(s.Routes[i].Meta, routeSpec(&s.Routes[i])))
 	}

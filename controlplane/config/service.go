@@ -64,6 +64,9 @@ func parseService(t *tree.Tree) (object.Service, []object.Finding) {
 	s.Ports = servicePorts(o, in.Spec.Ports)
 	if in.Spec.MTLS != nil && o.Enum(*in.Spec.MTLS, []string{"strict", "permissive"}, "spec", "mtls") {
 		s.Permissive = *in.Spec.MTLS == "permissive"
+		if len(s.Ports) > 0 && s.Plain() {
+			o.Add(object.NoEffect, []any{"spec", "mtls"}, " %q: each port is TCP or UDP, which are plain whatever the mode is: a NetworkPolicy says who may connect", *in.Spec.MTLS)
+		}
 	}
 	s.Endpoints = serviceEndpoints(o, in.Spec.Endpoints, s.Ports)
 	s.Versions = serviceVersions(o, in.Spec.Versions)
@@ -75,8 +78,12 @@ func servicePorts(o *check.Object, in []servicePort) []object.Port {
 		return nil
 	}
 	o.Count(len(in), 1, maxPorts, "spec", "ports")
+	type number struct {
+		port int64
+		udp  bool
+	}
 	var out []object.Port
-	first := map[int64]int{}
+	first := map[number]int{}
 	for i, p := range in {
 		at := func(field string) []any { return []any{"spec", "ports", i, field} }
 		if !o.Tree.Sound("spec", "ports", i) {
@@ -84,18 +91,15 @@ func servicePorts(o *check.Object, in []servicePort) []object.Port {
 		}
 		if o.Required("a number from 1 to 65535", at("port")...) {
 			o.Range(p.Port, 1, 65535, at("port")...)
-			if j, ok := first[p.Port]; ok {
-				o.Add(object.Repeated, at("port"), " %d: already ports[%d]: want each once", p.Port, j)
+			n := number{p.Port, object.Protocol(p.Protocol) == object.UDP}
+			if j, ok := first[n]; ok {
+				o.Add(object.Repeated, at("port"), " %d: already ports[%d]: want each once, or once with UDP and once with another protocol", p.Port, j)
 			} else {
-				first[p.Port] = i
+				first[n] = i
 			}
 		}
-		if o.Required("GRPC, HTTP or HTTP2", at("protocol")...) {
-			if p.Protocol == "TCP" {
-				o.Add(object.NotBuilt, at("protocol"), " TCP: waits for a later release; accepted: GRPC, HTTP, HTTP2")
-			} else {
-				o.Enum(p.Protocol, []string{"GRPC", "HTTP", "HTTP2"}, at("protocol")...)
-			}
+		if o.Required("GRPC, HTTP, HTTP2, TCP or UDP", at("protocol")...) {
+			o.Enum(p.Protocol, []string{"GRPC", "HTTP", "HTTP2", "TCP", "UDP"}, at("protocol")...)
 		}
 		out = append(out, object.Port{Number: uint16(p.Port), Protocol: object.Protocol(p.Protocol), Pos: o.Tree.At("spec", "ports", i)})
 	}
@@ -104,7 +108,7 @@ func servicePorts(o *check.Object, in []servicePort) []object.Port {
 
 func serviceEndpoints(o *check.Object, in []serviceEndpoint, ports []object.Port) []object.Endpoint {
 	o.Count(len(in), 0, maxEndpoints, "spec", "endpoints")
-	first := map[netip.AddrPort]int{}
+	first := map[listening]int{}
 	var out []object.Endpoint
 	for i, e := range in {
 		at := func(field ...any) []any { return append([]any{"spec", "endpoints", i}, field...) }
@@ -128,7 +132,7 @@ func serviceEndpoints(o *check.Object, in []serviceEndpoint, ports []object.Port
 		}
 		for _, a := range listens(&ep, ports) {
 			if j, ok := first[a]; ok && j != i {
-				o.Add(object.Repeated, at("address"), " %s: endpoints[%d] is at %s already: want each once", ep.Address, j, a)
+				o.Add(object.Repeated, at("address"), " %s: endpoints[%d] is at %s already: want each once", ep.Address, j, a.AddrPort)
 				break
 			}
 			first[a] = i
@@ -154,17 +158,29 @@ func serviceEndpoints(o *check.Object, in []serviceEndpoint, ports []object.Port
 	return out
 }
 
+// listening is where an endpoint takes connections, or datagrams.
+type listening struct {
+	netip.AddrPort
+	udp bool
+}
+
 // listens are the addresses at which an endpoint of a service with these ports listens.
-func listens(e *object.Endpoint, ports []object.Port) []netip.AddrPort {
-	switch {
-	case !e.Address.IsValid():
+func listens(e *object.Endpoint, ports []object.Port) []listening {
+	if !e.Address.IsValid() {
 		return nil
-	case e.Port != 0:
-		return []netip.AddrPort{netip.AddrPortFrom(e.Address, e.Port)}
 	}
-	var out []netip.AddrPort
+	var out []listening
 	for _, p := range ports {
-		out = append(out, netip.AddrPortFrom(e.Address, p.Number))
+		udp := p.Protocol == object.UDP
+		switch {
+		case e.Port == 0:
+			out = append(out, listening{netip.AddrPortFrom(e.Address, p.Number), udp})
+		case e.ServicePort == p.Number:
+			out = append(out, listening{netip.AddrPortFrom(e.Address, e.Port), udp})
+		}
+	}
+	if e.Port != 0 && len(out) == 0 { // the port of the service has a fault of its own
+		out = append(out, listening{netip.AddrPortFrom(e.Address, e.Port), false})
 	}
 	return out
 }

@@ -18,6 +18,8 @@ type Mesh struct {
 	TrustDomain string
 	// Services by namespace, then name.
 	Services []Service
+	// NetworkPolicies by namespace, then name.
+	NetworkPolicies []NetworkPolicy
 }
 
 // Source is where a value was written.
@@ -41,6 +43,19 @@ type Service struct {
 	// Declared is false for a service that came to exist by registration.
 	Declared bool
 	Source   Source
+	// VirtualAddresses are the service's own IPs, of each family at most one, IPv4 first. Nil when
+	// none were given out: the range is used up, or nobody allocates (a mesh compiled from files
+	// alone).
+	VirtualAddresses []netip.Addr
+	// Workloads that run the service, each set of labels once, in the order of LabelKey.
+	Workloads []Workload
+}
+
+// Workload is the instances of a service that have equal labels: policies cannot tell them apart.
+type Workload struct {
+	Labels map[string]string
+	// Addresses that connections of these instances come from, ascending, each once. Never loopback.
+	Addresses []netip.Addr
 }
 
 // MTLS is what a service accepts.
@@ -52,15 +67,21 @@ const (
 	Permissive             // mutual TLS and plaintext
 )
 
-// Protocol is what is spoken inside TLS.
+// Protocol is what a port speaks.
 type Protocol int
 
-// Protocols of a port.
+// Protocols of a port. The first three are spoken inside TLS; the others are plain, have no routes
+// and are reached by the service's virtual addresses.
 const (
 	HTTP  Protocol = iota // HTTP/1.1
 	HTTP2                 // HTTP/2
 	GRPC                  // gRPC over HTTP/2
+	TCP                   // a stream of bytes
+	UDP                   // datagrams
 )
+
+// Plain reports whether the protocol is TCP or UDP: no mesh TLS, no routes, no call by the SDK.
+func (p Protocol) Plain() bool { return p == TCP || p == UDP }
 
 // Version is a named subset of the endpoints.
 type Version struct {
@@ -69,12 +90,14 @@ type Version struct {
 	Source Source
 }
 
-// Port is one port of a service with the routes of calls to it.
+// Port is one port of a service with the routes of calls to it. A number may be there twice: for
+// UDP, and for one of the other protocols.
 type Port struct {
 	Number   uint16
 	Protocol Protocol
 	// Routes in the order in which they are tried; the last one matches everything unless the
-	// configuration's routes deliberately leave gaps (a call then fails with no_route).
+	// configuration's routes deliberately leave gaps (a call then fails with no_route). A plain port
+	// has none.
 	Routes []Route
 	// Clusters of this port: the whole service first, then one for each version, in order.
 	Clusters []Cluster
@@ -166,7 +189,7 @@ const (
 
 // Cluster is the endpoints of one port of a service, or of one version of it, with their policy.
 type Cluster struct {
-	// Name is SERVICE.NAMESPACE:PORT, with |VERSION for a version.
+	// Name is SERVICE.NAMESPACE:PORT, with |VERSION for a version, and with /udp behind it for UDP.
 	Name               string
 	Namespace, Service string
 	Port               uint16

@@ -61,8 +61,11 @@ type Config struct {
 	WaitDrained func(ctx context.Context, instanceID string) bool
 	// MTLSMode is the mode of a service; one that nobody declared is strict. Nil means strict.
 	MTLSMode func(namespace, service string) ir.MTLS
-	Clock    Clock        // nil means the real one
-	Log      *slog.Logger // nil discards
+	// Plain says that a port of a service is declared as TCP or UDP, which no mode applies to. Nil
+	// means that what an instance registers is so.
+	Plain func(namespace, service string, port PortBinding) bool
+	Clock Clock        // nil means the real one
+	Log   *slog.Logger // nil discards
 }
 
 // Registry holds the instances. It is safe for concurrent use.
@@ -125,6 +128,9 @@ func New(cfg Config) (*Registry, error) {
 	}
 	if cfg.MTLSMode == nil {
 		cfg.MTLSMode = func(string, string) ir.MTLS { return ir.Strict }
+	}
+	if cfg.Plain == nil {
+		cfg.Plain = func(_, _ string, p PortBinding) bool { return p.Protocol == "TCP" || p.UDP() }
 	}
 	if cfg.Clock == nil {
 		cfg.Clock = systemClock{}
@@ -317,6 +323,9 @@ func (r *Registry) insert(in Instance, o *owner) error {
 			e := r.entries[id]
 			if id == in.ID || e.inst.Namespace != in.Namespace || e.inst.Service != in.Service {
 				continue
+			}
+			if len(in.Ports) == 0 || len(e.inst.Ports) == 0 {
+				continue // a workload that serves nobody is no endpoint beside another
 			}
 			// One program is one endpoint: what its SDK says of itself is worth more than what
 			// `inlay run --port` saw from outside.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 
 	"google.golang.org/grpc"
@@ -187,7 +188,8 @@ func why(err error) string {
 
 // unreachable says why no caller will reach the instance, if so.
 func (r *Registry) unreachable(in Instance) string {
-	if in.MeshTLS || r.cfg.MTLSMode(in.Namespace, in.Service) == ir.Permissive {
+	plain := !slices.ContainsFunc(in.Ports, func(p PortBinding) bool { return !r.cfg.Plain(in.Namespace, in.Service, p) })
+	if in.MeshTLS || plain || r.cfg.MTLSMode(in.Namespace, in.Service) == ir.Permissive {
 		return ""
 	}
 	return "service " + in.Service + "." + in.Namespace + " is strict and this instance does not speak mesh TLS: use the SDK in it, or set mtls: permissive on the MeshService"

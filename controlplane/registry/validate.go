@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/inlay-mesh/inlay/identity"
 	"github.com/inlay-mesh/inlay/xds/meshpb/registrypb"
@@ -18,6 +19,7 @@ const (
 	maxText      = 256 // label values, localities, versions of the SDK
 	maxPorts     = 64
 	maxAddresses = 16
+	maxSources   = 64
 	maxWeight    = 10_000
 )
 
@@ -93,6 +95,10 @@ func decode(m *registrypb.Instance) (Instance, error) {
 	if err != nil {
 		faults = append(faults, err)
 	}
+	addresses, err := decodeAddresses(m.GetAddresses())
+	if err != nil {
+		faults = append(faults, err)
+	}
 	if len(faults) > 0 {
 		return Instance{}, errors.Join(faults...)
 	}
@@ -100,27 +106,35 @@ func decode(m *registrypb.Instance) (Instance, error) {
 		ID: m.GetInstanceId(), Namespace: m.GetNamespace(), Service: m.GetService(),
 		Version: version, Labels: labels,
 		Locality: Locality{Region: m.GetLocality().GetRegion(), Zone: m.GetLocality().GetZone(), SubZone: m.GetLocality().GetSubZone()},
-		Weight:   weight, Ports: ports,
+		Weight:   weight, Ports: ports, Addresses: addresses,
 		MeshTLS:    m.GetTls() == registrypb.Tls_TLS_MESH,
 		SDKVersion: m.GetSdkVersion(), RunID: m.GetRunId(),
 	}, nil
 }
 
 func decodePorts(in []*registrypb.Port) ([]PortBinding, error) {
-	if len(in) == 0 || len(in) > maxPorts {
-		return nil, fmt.Errorf("ports: %d of them: want 1 to %d", len(in), maxPorts)
+	if len(in) > maxPorts {
+		return nil, fmt.Errorf("ports: %d of them: want at most %d", len(in), maxPorts)
+	}
+	if len(in) == 0 {
+		return nil, nil // a workload that serves nobody
+	}
+	type number struct {
+		port uint32
+		udp  bool
 	}
 	var faults []error
-	seen := make(map[uint32]bool, len(in))
+	seen := make(map[number]bool, len(in))
 	out := make([]PortBinding, 0, len(in))
 	for i, p := range in {
 		at := fmt.Sprintf("ports[%d]", i)
+		n := number{p.GetPort(), p.GetProtocol() == registrypb.Protocol_PROTOCOL_UDP}
 		if p.GetPort() < 1 || p.GetPort() > 65535 {
 			faults = append(faults, fmt.Errorf("%s: port %d: want the service's port, 1 to 65535", at, p.GetPort()))
-		} else if seen[p.GetPort()] {
-			faults = append(faults, fmt.Errorf("%s: port %d is there twice", at, p.GetPort()))
+		} else if seen[n] {
+			faults = append(faults, fmt.Errorf("%s: port %d is there twice: want a number once for UDP and once for what is over TCP", at, p.GetPort()))
 		}
-		seen[p.GetPort()] = true
+		seen[n] = true
 		b := PortBinding{Port: uint16(p.GetPort())}
 		switch p.GetProtocol() {
 		case registrypb.Protocol_PROTOCOL_GRPC:
@@ -129,8 +143,12 @@ func decodePorts(in []*registrypb.Port) ([]PortBinding, error) {
 			b.Protocol = "HTTP"
 		case registrypb.Protocol_PROTOCOL_HTTP2:
 			b.Protocol = "HTTP2"
+		case registrypb.Protocol_PROTOCOL_TCP:
+			b.Protocol = "TCP"
+		case registrypb.Protocol_PROTOCOL_UDP:
+			b.Protocol = "UDP"
 		default:
-			faults = append(faults, fmt.Errorf("%s: protocol %v: want PROTOCOL_GRPC, PROTOCOL_HTTP or PROTOCOL_HTTP2", at, p.GetProtocol()))
+			faults = append(faults, fmt.Errorf("%s: protocol %v: want PROTOCOL_GRPC, PROTOCOL_HTTP, PROTOCOL_HTTP2, PROTOCOL_TCP or PROTOCOL_UDP", at, p.GetProtocol()))
 		}
 		if n := len(p.GetAddresses()); n < 1 || n > maxAddresses {
 			faults = append(faults, fmt.Errorf("%s: %d addresses: want 1 to %d", at, n, maxAddresses))
@@ -147,6 +165,31 @@ func decodePorts(in []*registrypb.Port) ([]PortBinding, error) {
 		out = append(out, b)
 	}
 	return out, errors.Join(faults...)
+}
+
+// decodeAddresses reads the IPs that connections of a workload come from.
+func decodeAddresses(in []string) ([]netip.Addr, error) {
+	if len(in) > maxSources {
+		return nil, fmt.Errorf("addresses: %d of them: want at most %d", len(in), maxSources)
+	}
+	var faults []error
+	var out []netip.Addr
+	for i, s := range in {
+		a, err := netip.ParseAddr(s)
+		a = a.Unmap()
+		switch {
+		case err != nil:
+			faults = append(faults, fmt.Errorf("addresses[%d] %.80q: want an IP address, as 10.0.0.7 or fd00::7", i, s))
+		case a.Zone() != "":
+			faults = append(faults, fmt.Errorf("addresses[%d] %.80q: a zone means something on one machine only: want an address without it", i, s))
+		case a.IsUnspecified() || a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+			faults = append(faults, fmt.Errorf("addresses[%d] %.80q: no connection comes from there: want the address of one machine", i, s))
+		default:
+			out = append(out, a)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out), errors.Join(faults...)
 }
 
 func decodeAddress(s string) (netip.AddrPort, error) {

@@ -21,6 +21,9 @@ const (
 	sdkFeature = "inlay.sdk"
 )
 
+// nodeAgent is who a node agent says it is.
+const nodeAgent = "inlay-node"
+
 // client is who is at the other end of a stream, decided once from its first request.
 type client struct {
 	nodeID       string
@@ -45,6 +48,10 @@ func identify(node *corev3.Node, caller attest.Caller, address string, cfg Confi
 		address:      address,
 	}
 	switch {
+	case node.GetUserAgentName() == nodeAgent && caller.IsNode(cfg.NodeUIDs...):
+		// The word of the process alone would not do: the view holds every policy of the mesh.
+		c.view = xdsgen.View{Kind: xdsgen.Node}
+		return c, nil
 	case slices.Contains(node.GetClientFeatures(), sdkFeature) || node.GetUserAgentName() == sdkAgent:
 		c.view.Kind = xdsgen.SDK
 	case node.GetUserAgentName() == "envoy":
@@ -62,6 +69,9 @@ func identify(node *corev3.Node, caller attest.Caller, address string, cfg Confi
 		return c, nil
 	}
 	switch {
+	case caller.Local && node.GetUserAgentName() == nodeAgent && !slices.Contains(cfg.NodeUIDs, caller.UID):
+		return client{}, status.Errorf(codes.PermissionDenied,
+			"process %d of user %d says that it is a node agent: want one of the users %v", caller.Process.PID, caller.UID, cfg.NodeUIDs)
 	case caller.Local && caller.Err != nil:
 		return client{}, status.Errorf(codes.PermissionDenied,
 			"the calling process has no identity: %v; start it with `inlay run --service NAME -- CMD`", caller.Err)

@@ -282,7 +282,7 @@ func (s *sotw) want(lines ...string) {
 }
 
 func short(typeURL string) string {
-	return map[string]string{lds: "LDS", rds: "RDS", cds: "CDS", eds: "EDS"}[typeURL]
+	return map[string]string{lds: "LDS", rds: "RDS", cds: "CDS", eds: "EDS", services: "Service", policies: "Policies"}[typeURL]
 }
 
 // shop is a mesh of permissive services in namespace default, each with one port 80 and the

@@ -11,6 +11,7 @@ import (
 	"cmp"
 	"errors"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -41,7 +42,11 @@ type Config struct {
 	Dev bool
 	// TrustDomain refuses identities of any other; empty accepts what the transport verified.
 	TrustDomain string
-	// MaxNames bounds the subscriptions of one stream, all types together. Zero means 65536.
+	// NodeUIDs are the users as which node agents run: such a process, outside every registration
+	// and on the unix socket, is given the view of a node. Nil means this process's own user and root.
+	NodeUIDs []uint32
+	// MaxNames bounds the subscriptions of one stream, all types together. Zero means 65536. A node
+	// agent, which follows every service, has 32 times as many.
 	MaxNames int
 	// MaxResponse is the size in bytes beyond which a response is split in two, where the protocol
 	// allows it; a single resource is never split. Zero means 1 MiB (gRPC clients refuse messages
@@ -55,6 +60,7 @@ const (
 	defaultMaxResponse = 1 << 20
 	maxNameLength      = 2048
 	maxTypes           = 32
+	nodeNames          = 32 // times MaxNames
 )
 
 // Server serves ADS. It is safe for concurrent use.
@@ -81,6 +87,9 @@ type Server struct {
 func New(cfg Config) *Server {
 	cfg.MaxNames = cmp.Or(cfg.MaxNames, defaultMaxNames)
 	cfg.MaxResponse = cmp.Or(cfg.MaxResponse, defaultMaxResponse)
+	if cfg.NodeUIDs == nil {
+		cfg.NodeUIDs = []uint32{0, uint32(os.Geteuid())}
+	}
 	log := cfg.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -135,7 +144,9 @@ func (s *Server) Publish(m *ir.Mesh) error {
 		tell(every, k)
 	}
 	for k := range s.onDemand {
-		tell(k, k)
+		if views.MayDiffer(prev, k) {
+			tell(k, k)
+		}
 	}
 	for st, keys := range told {
 		st.touch(keys)

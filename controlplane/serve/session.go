@@ -21,12 +21,16 @@ type session struct {
 	types map[string]*typeState
 	names int    // subscriptions of all types
 	nonce uint64 // of the last response; 0 before the first
-	max   int    // Config.MaxNames
+	max   int    // bound of names
 	size  int    // Config.MaxResponse
 }
 
 func newSession(v xdsgen.View, delta bool, cfg Config) *session {
-	return &session{view: v, delta: delta, types: map[string]*typeState{}, max: cfg.MaxNames, size: cfg.MaxResponse}
+	s := &session{view: v, delta: delta, types: map[string]*typeState{}, max: cfg.MaxNames, size: cfg.MaxResponse}
+	if v.Kind == xdsgen.Node {
+		s.max *= nodeNames
+	}
+	return s
 }
 
 // typeState is the part of one type URL.

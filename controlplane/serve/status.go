@@ -64,6 +64,9 @@ func (st *stream) status(resources bool) ClientStatus {
 		return c
 	}
 	for url, t := range st.session.types {
+		if why := xdsgen.WithheldType(st.client.view, url); why != "" && t.wildcard {
+			c.Resources = append(c.Resources, ResourceStatus{TypeURL: url, Name: wildcard, Withheld: why})
+		}
 		for name, u := range t.subs {
 			c.Resources = append(c.Resources, ResourceStatus{
 				TypeURL: url, Name: name, Sent: versionOf(u.sent), Acked: versionOf(u.acked),
@@ -143,8 +146,8 @@ func (s *Server) WaitDrained(ctx context.Context, instanceID string) bool {
 
 // holder is a subscription whose client may still have an instance among its endpoints.
 type holder struct {
-	st   *stream
-	name string
+	st        *stream
+	url, name string
 	// since is the first response after which the client cannot have it.
 	since uint64
 }
@@ -154,18 +157,22 @@ func (s *Server) holders(instanceID string) []holder {
 	var out []holder
 	for _, st := range s.all() {
 		st.mu.Lock()
-		if t := st.session.types[xdsgen.EndpointsType]; t != nil {
+		for _, url := range []string{xdsgen.EndpointsType, xdsgen.NodeServiceType} {
+			t := st.session.types[url]
+			if t == nil {
+				continue
+			}
 			for name, u := range t.subs {
 				_, dirty := t.dirty[name]
 				switch {
 				case dirty || u.claimed != "":
-					out = append(out, holder{st, name, st.session.nonce + 1})
+					out = append(out, holder{st, url, name, st.session.nonce + 1})
 				case u.pending && u.sent != nil && u.sent.Holds(instanceID):
-					out = append(out, holder{st, name, st.session.nonce + 1})
+					out = append(out, holder{st, url, name, st.session.nonce + 1})
 				case u.pending:
-					out = append(out, holder{st, name, u.sentNonce})
+					out = append(out, holder{st, url, name, u.sentNonce})
 				case u.acked != nil && u.acked.Holds(instanceID) && !u.absent:
-					out = append(out, holder{st, name, st.session.nonce + 1})
+					out = append(out, holder{st, url, name, st.session.nonce + 1})
 				}
 			}
 		}
@@ -184,7 +191,7 @@ func (h holder) free(instanceID string) bool {
 	}
 	h.st.mu.Lock()
 	defer h.st.mu.Unlock()
-	t := h.st.session.types[xdsgen.EndpointsType]
+	t := h.st.session.types[h.url]
 	u := t.subs[h.name]
 	if u == nil {
 		return true // unsubscribed

@@ -22,6 +22,7 @@ type instanceRecord struct {
 	SubZone    string            `json:"sub_zone,omitempty"`
 	Weight     uint32            `json:"weight"`
 	Ports      []portRecord      `json:"ports"`
+	Addresses  []netip.Addr      `json:"addresses,omitempty"`
 	MeshTLS    bool              `json:"mesh_tls,omitempty"`
 	Draining   bool              `json:"draining,omitempty"`
 	SDKVersion string            `json:"sdk_version,omitempty"`
@@ -81,7 +82,7 @@ func recordOf(in registry.Instance) instanceRecord {
 		Namespace: in.Namespace, Service: in.Service, Version: in.Version, Labels: in.Labels,
 		Region: in.Locality.Region, Zone: in.Locality.Zone, SubZone: in.Locality.SubZone,
 		Weight: in.Weight, MeshTLS: in.MeshTLS, Draining: in.Draining,
-		SDKVersion: in.SDKVersion, RunID: in.RunID, Identity: in.Identity,
+		SDKVersion: in.SDKVersion, RunID: in.RunID, Identity: in.Identity, Addresses: in.Addresses,
 	}
 	for _, p := range in.Ports {
 		rec.Ports = append(rec.Ports, portRecord(p))
@@ -94,7 +95,7 @@ func (rec instanceRecord) instance(id string) registry.Instance {
 		ID: id, Namespace: rec.Namespace, Service: rec.Service, Version: rec.Version, Labels: rec.Labels,
 		Locality: registry.Locality{Region: rec.Region, Zone: rec.Zone, SubZone: rec.SubZone},
 		Weight:   rec.Weight, MeshTLS: rec.MeshTLS, Draining: rec.Draining,
-		SDKVersion: rec.SDKVersion, RunID: rec.RunID, Identity: rec.Identity,
+		SDKVersion: rec.SDKVersion, RunID: rec.RunID, Identity: rec.Identity, Addresses: rec.Addresses,
 	}
 	for _, p := range rec.Ports {
 		in.Ports = append(in.Ports, registry.PortBinding(p))

@@ -18,7 +18,8 @@ import (
 //
 //	version 0  revisions by id, files as a map of path to text; no certificates
 //	version 1  revisions by number, oldest first, files as a list; certificates by expiry
-const schemaVersion = 1
+//	version 2  numbers of virtual addresses by service; instances may have no ports
+const schemaVersion = 2
 
 const magic = "inlay store"
 
@@ -27,6 +28,7 @@ var (
 	revisionsBucket = []byte("revisions")
 	instancesBucket = []byte("instances")
 	certsBucket     = []byte("certs")
+	addressesBucket = []byte("addresses")
 
 	magicKey   = []byte("magic")
 	versionKey = []byte("version")
@@ -35,6 +37,7 @@ var (
 // migrations[i] brings version i to i+1, inside the transaction that also writes the number.
 var migrations = [schemaVersion]func(*bbolt.Tx) error{
 	0: orderRevisions,
+	1: addAddresses,
 }
 
 // bringForward checks magic and version, makes an empty store, or migrates an older one. All of
@@ -75,7 +78,7 @@ func (s *Store) bringForward() error {
 }
 
 func create(tx *bbolt.Tx) error {
-	for _, name := range [][]byte{metaBucket, revisionsBucket, instancesBucket, certsBucket} {
+	for _, name := range [][]byte{metaBucket, revisionsBucket, instancesBucket, certsBucket, addressesBucket} {
 		if _, err := tx.CreateBucket(name); err != nil {
 			return err
 		}
@@ -89,6 +92,13 @@ func create(tx *bbolt.Tx) error {
 
 func putVersion(meta *bbolt.Bucket, v uint64) error {
 	return meta.Put(versionKey, binary.BigEndian.AppendUint64(nil, v))
+}
+
+// addAddresses is the step from version 1 to 2. An older inlay would serve instances without ports
+// wrongly and let services lose their addresses, so that it must not open the file again.
+func addAddresses(tx *bbolt.Tx) error {
+	_, err := tx.CreateBucketIfNotExists(addressesBucket)
+	return err
 }
 
 // orderRevisions is the step from version 0 to 1.

@@ -1,6 +1,7 @@
 // Package store keeps on one disk what a control plane must remember over a restart: the last
-// revisions of the configuration, the live instances, and the certificates that the CA signed.
-// controlplane opens it and hands it to registry and ca through the interfaces they declare.
+// revisions of the configuration, the live instances, the virtual addresses of services, and the
+// certificates that the CA signed. controlplane opens it and hands it to registry, vip and ca
+// through the interfaces they declare.
 //
 // It never holds a private key (the CA keeps its own key file), and it never decides what is
 // served: a caller whose write fails goes on with what it has in memory.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -20,12 +21,14 @@ import (
 
 	"github.com/inlay-mesh/inlay/controlplane/ca"
 	"github.com/inlay-mesh/inlay/controlplane/registry"
+	"github.com/inlay-mesh/inlay/controlplane/registry/vip"
 )
 
 // The stores that others declare.
 var (
 	_ ca.Log          = (*Store)(nil)
 	_ registry.Leases = (*Store)(nil)
+	_ vip.Store       = (*Store)(nil)
 )
 
 func open(t *testing.T, dir string) *Store {
@@ -47,12 +50,22 @@ func TestSurvivesRestart(t *testing.T) {
 		ID: "i-1", Namespace: "default", Service: "orders", Version: "v1", Labels: map[string]string{"version": "v1"},
 		Locality: registry.Locality{Region: "r", Zone: "z", SubZone: "s"}, Weight: 7, MeshTLS: true, Draining: true,
 		Ports:      []registry.PortBinding{{Port: 8080, Protocol: "GRPC", Addresses: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:9"), netip.MustParseAddrPort("[fd00::1]:9")}}},
+		Addresses:  []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")},
 		SDKVersion: "0.1", RunID: "run", Identity: "spiffe://inlay.local/ns/default/svc/orders",
 	}
 	if err := s.SaveRevision(rev); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.WriteInstances([]registry.Instance{in, {ID: "gone"}}, nil); err != nil {
+	workload := registry.Instance{ID: "i-2", Namespace: "default", Service: "billing", Weight: 1}
+	if err := s.WriteInstances([]registry.Instance{in, workload, {ID: "gone"}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	given := []vip.Given{{Service: vip.Service{Namespace: "default", Name: "orders"}, Index: 2}, {Service: vip.Service{Namespace: "shop", Name: "orders"}, Index: 1}}
+	lost := vip.Service{Namespace: "default", Name: "lost"}
+	if err := s.WriteVirtualIndexes(append(given[:2:2], vip.Given{Service: lost, Index: 3}), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.WriteVirtualIndexes(nil, []vip.Service{lost}); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.WriteInstances(nil, []string{"gone"}); err != nil {
@@ -74,8 +87,11 @@ func TestSurvivesRestart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(ins) != 1 || !reflect.DeepEqual(ins[0], in) {
-		t.Errorf("instances = %+v, want %+v", ins, in)
+	if len(ins) != 2 || !reflect.DeepEqual(ins[0], in) || !reflect.DeepEqual(ins[1], workload) {
+		t.Errorf("instances = %+v, want %+v and %+v", ins, in, workload)
+	}
+	if got, err := s.VirtualIndexes(); err != nil || !reflect.DeepEqual(got, given) {
+		t.Errorf("virtual addresses = %v, %v; want %v", got, err, given)
 	}
 }
 
@@ -139,10 +155,99 @@ func TestMigratesAnOlderVersionForward(t *testing.T) {
 	if err := s.RecordCert(testCert("01", time.Now().Add(time.Hour))); err != nil {
 		t.Errorf("certificates after the migration: %v", err)
 	}
+	if err := s.WriteVirtualIndexes([]vip.Given{{Service: vip.Service{Namespace: "default", Name: "orders"}, Index: 1}}, nil); err != nil {
+		t.Errorf("virtual addresses after the migration: %v", err)
+	}
 	_ = s.Close()
 	if all, err := open(t, dir).Revisions(); err != nil || len(all) != 2 { // the number was written too
 		t.Errorf("second start: %v, %v", all, err)
 	}
+}
+
+// A store of version 1 had no virtual addresses; everything else stays.
+func TestMigratesVersion1Forward(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	if err := s.WriteInstances([]registry.Instance{{ID: "i-1", Namespace: "default", Service: "orders", Weight: 1}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	err := s.db.Update(func(tx *bbolt.Tx) error {
+		return errors.Join(tx.DeleteBucket(addressesBucket), putVersion(tx.Bucket(metaBucket), 1))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = s.Close()
+	s = open(t, dir)
+	if ins, err := s.Instances(); err != nil || len(ins) != 1 {
+		t.Errorf("instances = %v, %v", ins, err)
+	}
+	if given, err := s.VirtualIndexes(); err != nil || len(given) != 0 {
+		t.Errorf("virtual addresses = %v, %v", given, err)
+	}
+	if err := s.WriteVirtualIndexes([]vip.Given{{Service: vip.Service{Namespace: "default", Name: "orders"}, Index: 1}}, nil); err != nil {
+		t.Errorf("write: %v", err)
+	}
+}
+
+// 100,000 services are given addresses, and remembered, in well under a second.
+func BenchmarkAssign(b *testing.B) {
+	services := make([]vip.Service, 100_000)
+	for i := range services {
+		services[i] = vip.Service{Namespace: "default", Name: fmt.Sprintf("s%06d", i)}
+	}
+	b.Run("first", func(b *testing.B) {
+		for b.Loop() {
+			b.StopTimer()
+			s, err := Open(Config{Dir: b.TempDir()})
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.StartTimer()
+			a, err := vip.New(vip.Config{Store: s})
+			if err != nil {
+				b.Fatal(err)
+			}
+			if got := a.Assign(services).Of("default", "s099999"); len(got) != 2 {
+				b.Fatalf("s099999 is at %v", got)
+			}
+			b.StopTimer()
+			_ = s.Close()
+			b.StartTimer()
+		}
+	})
+	b.Run("restart", func(b *testing.B) {
+		s, err := Open(Config{Dir: b.TempDir()})
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer s.Close()
+		first, err := vip.New(vip.Config{Store: s})
+		if err != nil {
+			b.Fatal(err)
+		}
+		want := first.Assign(services).Of("default", "s012345")
+		for b.Loop() {
+			a, err := vip.New(vip.Config{Store: s})
+			if err != nil {
+				b.Fatal(err)
+			}
+			if got := a.Assign(services).Of("default", "s012345"); !slices.Equal(got, want) {
+				b.Fatalf("s012345 is at %v, was at %v", got, want)
+			}
+		}
+	})
+	b.Run("again", func(b *testing.B) { // with nothing new: what each build pays
+		a, err := vip.New(vip.Config{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		a.Assign(services)
+		b.ReportAllocs()
+		for b.Loop() {
+			a.Assign(services)
+		}
+	})
 }
 
 func TestRefusesANewerVersion(t *testing.T) {
@@ -154,7 +259,7 @@ func TestRefusesANewerVersion(t *testing.T) {
 	_ = s.Close()
 	before, _ := os.ReadFile(filepath.Join(dir, fileName))
 	_, err := Open(Config{Dir: dir})
-	if !errors.Is(err, ErrNewer) || !strings.Contains(err.Error(), "this one reads up to 1: start that newer inlay again") {
+	if !errors.Is(err, ErrNewer) || !strings.Contains(err.Error(), "this one reads up to 2: start that newer inlay again") {
 		t.Errorf("Open: %v", err)
 	}
 	if after, _ := os.ReadFile(filepath.Join(dir, fileName)); !bytes.Equal(before, after) {

@@ -1,5 +1,5 @@
-// Package xdsgen turns a compiled mesh into standard Envoy resources, one view for each kind of
-// client and identity class. serve publishes what it gives, admin asks it what a kind of client
+// Package xdsgen turns a compiled mesh into standard Envoy resources, and for node agents into their
+// own, one view for each kind of client and identity class. serve publishes what it gives, admin asks it what a kind of client
 // makes of a route, and `inlay compile` writes it to a snapshot.
 //
 // It is pure and deterministic: the same mesh gives the same bytes and the same versions. It never
@@ -22,6 +22,10 @@ const (
 	RouteType     = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 	ClusterType   = "type.googleapis.com/envoy.config.cluster.v3.Cluster"
 	EndpointsType = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
+
+	// NodeServiceType and NodePoliciesType are the node agent's own; see inlay/node/v1/state.proto.
+	NodeServiceType  = "type.googleapis.com/inlay.node.v1.Service"
+	NodePoliciesType = "type.googleapis.com/inlay.node.v1.Policies"
 )
 
 // Kind is a kind of client: what it can enforce decides what it is given.
@@ -31,19 +35,25 @@ type Kind int
 const (
 	SDK  Kind = iota // meshsdk
 	GRPC             // a stock gRPC client or server that speaks xDS
+	Node             // the agent of a node: every service and its policies, no routes
 	kinds
 )
 
 // Kinds lists every kind.
-func Kinds() []Kind { return []Kind{SDK, GRPC} }
+func Kinds() []Kind { return []Kind{SDK, GRPC, Node} }
 
-// String is "sdk" or "grpc", as in admin's answers.
+// Callers lists the kinds that make calls: routes are served to these.
+func Callers() []Kind { return []Kind{SDK, GRPC} }
+
+// String is "sdk", "grpc" or "node", as in admin's answers.
 func (k Kind) String() string {
 	switch k {
 	case SDK:
 		return "sdk"
 	case GRPC:
 		return "grpc"
+	case Node:
+		return "node"
 	}
 	return fmt.Sprintf("kind(%d)", int(k))
 }
@@ -64,8 +74,8 @@ type Resource struct {
 	// Version is a hash of the content: equal versions are equal bytes.
 	Version string
 	Any     *anypb.Any
-	// Instances are the ids of the healthy instances in an endpoints resource, ascending; nil for
-	// every other type.
+	// Instances are the ids of the healthy instances in an endpoints resource, and in a service of
+	// the node agent's, ascending; nil for every other type.
 	Instances []string
 
 	// from is what a listener was made of beside its name.
@@ -107,6 +117,10 @@ func typeNoun(typeURL string) string {
 		return "cluster"
 	case EndpointsType:
 		return "endpoints"
+	case NodeServiceType:
+		return "service"
+	case NodePoliciesType:
+		return "policies"
 	}
 	return typeURL
 }

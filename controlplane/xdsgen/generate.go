@@ -12,21 +12,35 @@ import (
 // generator fills Views.
 type generator struct {
 	*Views
-	prev *reuse
+	prev         *reuse
+	samePolicies bool // the policies of connections are those of prev
 }
 
-func (g *generator) service(s *ir.Service) {
+func (g *generator) service(name string, s *ir.Service) {
+	if s.Unknown == "" {
+		g.node(name, s)
+	}
+	first := firstForCalls(s)
 	for i := range s.Ports {
 		p := &s.Ports[i]
+		if p.Protocol.Plain() {
+			continue // see plainPort
+		}
 		g.clusters(p)
 		if s.Unknown != "" {
 			continue // such a service has clusters without endpoints and no routes
 		}
-		for _, k := range Kinds() {
-			g.outbound(k, s, p, i == 0)
+		for _, k := range Callers() {
+			g.outbound(k, s, p, i == first)
 		}
 		g.inbound(s, p)
 	}
+}
+
+// firstForCalls is the index of the port that a call to the name without a port means; -1 when the
+// service takes no calls.
+func firstForCalls(s *ir.Service) int {
+	return slices.IndexFunc(s.Ports, func(p ir.Port) bool { return !p.Protocol.Plain() })
 }
 
 // outbound makes the names of one port and its route configuration.
@@ -88,7 +102,7 @@ func (g *generator) listener(key Key, from string, build func() (message, error)
 func (g *generator) clusters(p *ir.Port) {
 	for i := range p.Clusters {
 		c := withIdentity(p.Clusters[i], g.mesh.TrustDomain)
-		for _, k := range Kinds() {
+		for _, k := range Callers() {
 			if why := g.closed[c.Name]; k == GRPC && why != "" {
 				put(g.tables[k].withheld, "", c.Name, why)
 				continue // routes that name it get an empty one, see missing
@@ -138,7 +152,7 @@ func (g *generator) missing(k Kind) {
 		s := &g.mesh.Services[i]
 		for j := range s.Ports {
 			p := &s.Ports[j]
-			if s.Unknown != "" || k == GRPC && withheldFromGRPC(s, p.Number, p.Protocol) != "" {
+			if s.Unknown != "" || p.Protocol.Plain() || k == GRPC && withheldFromGRPC(s, p.Number, p.Protocol) != "" {
 				continue
 			}
 			for n := range p.Routes {

@@ -25,7 +25,7 @@ import (
 var update = flag.Bool("update", false, "rewrite the golden files")
 
 // Each golden file holds mesh.yaml (configuration) or mesh.json (an ir.Mesh) and what each view of
-// it must hold: a section is named KIND NAMESPACE/SERVICE, or "faults", or "routes" for what admin
+// it must hold: a section is named KIND NAMESPACE/SERVICE (node alone), or "faults", or "routes" for what admin
 // says of them.
 func TestGolden(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txtar")
@@ -88,12 +88,15 @@ func section(t *testing.T, m *ir.Mesh, name string) string {
 	kind, class, _ := strings.Cut(name, " ")
 	ns, svc, _ := strings.Cut(class, "/")
 	v := xdsgen.View{Kind: xdsgen.SDK, Namespace: ns, Service: svc}
-	if kind == "grpc" {
+	switch kind {
+	case "grpc":
 		v.Kind = xdsgen.GRPC
+	case "node":
+		v = xdsgen.View{Kind: xdsgen.Node}
 	}
 	set, _ := xdsgen.Generate(m, v)
 	var out strings.Builder
-	for _, typeURL := range []string{xdsgen.ListenerType, xdsgen.RouteType, xdsgen.ClusterType, xdsgen.EndpointsType} {
+	for _, typeURL := range []string{xdsgen.ListenerType, xdsgen.RouteType, xdsgen.ClusterType, xdsgen.EndpointsType, xdsgen.NodeServiceType, xdsgen.NodePoliciesType} {
 		byName := set.Resources[typeURL]
 		for _, name := range slices.Sorted(maps.Keys(byName)) {
 			r := byName[name]
@@ -118,7 +121,7 @@ func routes(m *ir.Mesh) string {
 		for j := range s.Ports {
 			for n := range s.Ports[j].Routes {
 				r := &s.Ports[j].Routes[n]
-				for _, k := range xdsgen.Kinds() {
+				for _, k := range xdsgen.Callers() {
 					fmt.Fprintf(&out, "%s.%s:%d %s/%s %s: %s\n", s.Name, s.Namespace, s.Ports[j].Number, r.Object, r.Rule,
 						k, views.RouteStatus(k, s, &s.Ports[j], r))
 				}

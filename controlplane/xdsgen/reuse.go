@@ -27,6 +27,9 @@ func newReuse(prev *Views) *reuse {
 		s := &prev.mesh.Services[i]
 		for j := range s.Ports {
 			p := &s.Ports[j]
+			if p.Protocol.Plain() {
+				continue // nothing is made of it, and its names may be those of other things
+			}
 			u.ports[routeName(s.Name, s.Namespace, p.Number)] = p
 			for n := range p.Clusters {
 				u.clusters[p.Clusters[n].Name] = &p.Clusters[n]

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/inlay-mesh/inlay/controlplane/ir"
@@ -19,6 +20,7 @@ type Views struct {
 	// closed says of a cluster why it is not served to gRPC clients.
 	closed   map[string]string
 	services map[string]*ir.Service // by NAMESPACE/NAME
+	policies *policyIndex
 	encoded  int
 }
 
@@ -55,22 +57,37 @@ func KeyOf(v View, typeURL, name string) Key {
 // these; the Views are never nil.
 func New(m *ir.Mesh, prev *Views) (*Views, error) {
 	g := &generator{
-		Views: &Views{mesh: m, closed: map[string]string{}, services: make(map[string]*ir.Service, len(m.Services))},
+		Views: &Views{mesh: m, closed: map[string]string{}, services: make(map[string]*ir.Service, len(m.Services)), policies: newPolicyIndex(m)},
 		prev:  newReuse(prev),
 	}
+	g.samePolicies = prev != nil && prev.policies.same(g.policies)
 	for k := range g.tables {
 		g.tables[k] = &table{
-			shared: map[string]map[string]*Resource{
-				RouteType: {}, ClusterType: {}, EndpointsType: {},
-			},
+			shared:    map[string]map[string]*Resource{},
 			listeners: map[string]map[string]*Resource{},
 			withheld:  map[string]map[string]string{},
 		}
+		types := []string{RouteType, ClusterType, EndpointsType}
+		if Kind(k) == Node {
+			types = []string{NodeServiceType, NodePoliciesType}
+		}
+		for _, typeURL := range types {
+			size := 0 // they grow by copying, which is half of the work of a publish without a change
+			if prev != nil {
+				size = len(prev.tables[k].shared[typeURL])
+			}
+			g.tables[k].shared[typeURL] = make(map[string]*Resource, size)
+		}
 	}
+	names := make([]string, len(m.Services))
 	for i := range m.Services {
 		s := &m.Services[i]
-		g.services[s.Namespace+"/"+s.Name] = s
+		names[i] = NodeName(s.Namespace, s.Name)
+		g.services[names[i]] = s
 		for j := range s.Ports {
+			if s.Ports[j].Protocol.Plain() {
+				continue
+			}
 			if why := withheldFromGRPC(s, s.Ports[j].Number, s.Ports[j].Protocol); why != "" {
 				for c := range s.Ports[j].Clusters {
 					g.closed[s.Ports[j].Clusters[c].Name] = why
@@ -79,9 +96,9 @@ func New(m *ir.Mesh, prev *Views) (*Views, error) {
 		}
 	}
 	for i := range m.Services {
-		g.service(&m.Services[i])
+		g.service(names[i], &m.Services[i])
 	}
-	for _, k := range Kinds() {
+	for _, k := range Callers() {
 		g.missing(k)
 	}
 	var errs []error
@@ -103,13 +120,23 @@ func (v *Views) Lookup(w View, typeURL, name string) (*Resource, string) {
 	if w.Kind < 0 || w.Kind >= kinds {
 		return nil, ""
 	}
+	if why := WithheldType(w, typeURL); why != "" {
+		return nil, why
+	}
 	if typeURL == ListenerType && strings.HasPrefix(name, serverPrefix) {
 		return v.server(w, name)
+	}
+	if typeURL == NodePoliciesType && v.tables[Node].shared[typeURL][name] == nil {
+		return v.unknownPolicies(name)
 	}
 	t := v.tables[w.Kind]
 	scope := scopeOf(w, typeURL, name)
 	if typeURL == ListenerType {
-		return t.listeners[scope][name], t.withheld[scope][name]
+		r, why := t.listeners[scope][name], t.withheld[scope][name]
+		if r == nil && why == "" {
+			why = v.plainPort(w.Namespace, name)
+		}
+		return r, why
 	}
 	return t.shared[typeURL][name], t.withheld[""][name]
 }
@@ -143,10 +170,51 @@ func (v *Views) server(w View, name string) (*Resource, string) {
 	return r, ""
 }
 
-// OnDemand says whether a name has no resource of its own until somebody asks for it. Such names
-// are in no Set and in no Changed.
+// plainPort says why no call goes to a name that means a plain port, SERVICE[.NAMESPACE][:PORT];
+// empty when it means none. It is asked of names without a listener, and not written down for each.
+func (v *Views) plainPort(namespace, name string) string {
+	name, port, _ := strings.Cut(name, ":")
+	service, other, ok := strings.Cut(name, ".")
+	if ok {
+		namespace = other
+	}
+	s := v.services[NodeName(namespace, service)]
+	if s == nil || s.Unknown != "" {
+		return ""
+	}
+	for i := range s.Ports {
+		if p := &s.Ports[i]; p.Protocol.Plain() && (port == "" || port == strconv.Itoa(int(p.Number))) {
+			return fmt.Sprintf("port %d of service %s.%s is plain TCP or UDP, which carries no calls; programs connect to its virtual address", p.Number, s.Name, s.Namespace)
+		}
+	}
+	return ""
+}
+
+// OnDemand says whether a name may have no resource of its own until somebody asks for it: the
+// listener of a gRPC server, and the policies of a service that is not known. Such resources are in
+// no Set and in no Changed.
 func OnDemand(typeURL, name string) bool {
-	return typeURL == ListenerType && strings.HasPrefix(name, serverPrefix)
+	return typeURL == ListenerType && strings.HasPrefix(name, serverPrefix) || typeURL == NodePoliciesType
+}
+
+// MayDiffer says whether the resource that is made on demand for a key may be another one than in
+// prev; nil is no earlier mesh. What Changed tells of need not be told here.
+func (v *Views) MayDiffer(prev *Views, k Key) bool {
+	if prev == nil || k.Type != NodePoliciesType {
+		return true
+	}
+	was, is := prev.tables[Node].shared[k.Type][k.Name], v.tables[Node].shared[k.Type][k.Name]
+	if is != nil {
+		return was == nil // it was made on demand, and now need not be
+	}
+	if was != nil {
+		return true
+	}
+	if prev.policies.same(v.policies) {
+		return false
+	}
+	namespace, service, _ := strings.Cut(k.Name, "/")
+	return !samePolicies(prev.policies.lookup(namespace, service), v.policies.lookup(namespace, service))
 }
 
 // Set returns everything that view w holds. The caller may keep and change the maps.
@@ -158,6 +226,9 @@ func (v *Views) Set(w View) *Set {
 	t := v.tables[w.Kind]
 	for typeURL, byName := range t.shared {
 		out.Resources[typeURL] = maps.Clone(byName)
+	}
+	if w.Kind == Node {
+		return out
 	}
 	listeners := map[string]*Resource{}
 	for _, scope := range Scopes(w) {
@@ -180,7 +251,7 @@ func (v *Views) Changed(prev *Views) []Key {
 			before = &table{}
 		}
 		now := v.tables[k]
-		for _, typeURL := range []string{ClusterType, EndpointsType, RouteType} {
+		for _, typeURL := range []string{ClusterType, EndpointsType, RouteType, NodeServiceType, NodePoliciesType} {
 			keys = diff(keys, Key{Kind: k, Type: typeURL}, before.shared[typeURL], now.shared[typeURL])
 		}
 		for scope := range now.listeners {
@@ -211,9 +282,10 @@ func diff(keys []Key, k Key, before, now map[string]*Resource) []Key {
 	return keys
 }
 
-// Healthy says whether an instance is a healthy endpoint of any cluster.
+// Healthy says whether an instance is a healthy endpoint of any service.
 func (v *Views) Healthy(instanceID string) bool {
-	for _, r := range v.tables[SDK].shared[EndpointsType] {
+	// Every endpoint that is served to anybody is in the service of its port, plain ones too.
+	for _, r := range v.tables[Node].shared[NodeServiceType] {
 		if r.Holds(instanceID) {
 			return true
 		}
@@ -221,7 +293,7 @@ func (v *Views) Healthy(instanceID string) bool {
 	return false
 }
 
-// Holds says whether an endpoints resource has an instance among its healthy ones.
+// Holds says whether a resource with endpoints has an instance among its healthy ones.
 func (r *Resource) Holds(instanceID string) bool {
 	_, ok := slices.BinarySearch(r.Instances, instanceID)
 	return ok

@@ -39,6 +39,14 @@ func mesh(n, endpoints int) *ir.Mesh {
 	return m
 }
 
+// policies is one of a service of namespace "default", or of all of them.
+func policies(service string) []ir.NetworkPolicy {
+	return []ir.NetworkPolicy{{
+		Namespace: "default", Name: "p", Subject: ir.Selector{Namespace: "default", Service: service, Labels: map[string]string{"a": "b"}},
+		Ingress: []ir.NetworkRule{{Name: "0"}},
+	}}
+}
+
 func sameSet(t *testing.T, got, want *xdsgen.Set) {
 	t.Helper()
 	for typeURL, byName := range want.Resources {
@@ -65,9 +73,13 @@ func TestReuseGivesWhatAFreshStartGives(t *testing.T) {
 		encoded int
 	}{
 		"nothing": {func(*ir.Mesh) {}, 0},
-		// Endpoints are shared by the kinds: one resource.
-		"an endpoint drains":    {func(m *ir.Mesh) { m.Services[1].Ports[0].Clusters[0].Endpoints[0].Health = ir.Draining }, 1},
-		"a label changes":       {func(m *ir.Mesh) { m.Services[1].Ports[0].Clusters[0].Endpoints[0].Labels = nil }, 1},
+		// Endpoints are shared by the kinds that make calls: one resource, and the nodes' service.
+		"an endpoint drains":    {func(m *ir.Mesh) { m.Services[1].Ports[0].Clusters[0].Endpoints[0].Health = ir.Draining }, 2},
+		"a label changes":       {func(m *ir.Mesh) { m.Services[1].Ports[0].Clusters[0].Endpoints[0].Labels = nil }, 2},
+		"a workload comes":      {func(m *ir.Mesh) { m.Services[1].Workloads = []ir.Workload{{}} }, 1},
+		"an address comes":      {func(m *ir.Mesh) { m.Services[1].VirtualAddresses = []netip.Addr{netip.MustParseAddr("198.18.0.1")} }, 1},
+		"a policy of one":       {func(m *ir.Mesh) { m.NetworkPolicies = policies("s1") }, 1},
+		"a policy of all":       {func(m *ir.Mesh) { m.NetworkPolicies = policies("") }, 4},
 		"a policy changes":      {func(m *ir.Mesh) { m.Services[1].Ports[0].Clusters[0].Policy.MaxRequests = 7 }, 2},
 		"a route changes":       {func(m *ir.Mesh) { m.Services[1].Ports[0].Routes[0].Timeout = 1 }, 2},
 		"a service goes":        {func(m *ir.Mesh) { m.Services = m.Services[:3] }, 0},
@@ -200,6 +212,118 @@ func BenchmarkOneEndpointOf100k(b *testing.B) {
 	for b.Loop() {
 		if v, err := xdsgen.New(m, before); err != nil || v.Encoded() != 1 {
 			b.Fatal(v.Encoded(), err)
+		}
+	}
+}
+
+// The first workload of a service asks for its policies before the service is known; those that
+// select by labels hold for it already.
+func TestPoliciesOfAServiceThatNobodyKnowsYet(t *testing.T) {
+	node := xdsgen.View{Kind: xdsgen.Node}
+	key := xdsgen.KeyOf(node, xdsgen.NodePoliciesType, "default/new")
+	build := func(prev *xdsgen.Views, policies []ir.NetworkPolicy, also ...string) *xdsgen.Views {
+		m := mesh(1, 1)
+		m.NetworkPolicies = policies
+		for _, name := range also {
+			m.Services = append(m.Services, ir.Service{Namespace: "default", Name: name})
+		}
+		v, err := xdsgen.New(m, prev)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	none := build(nil, nil)
+	empty, why := none.Lookup(node, xdsgen.NodePoliciesType, "default/new")
+	if empty == nil || why != "" {
+		t.Fatalf("Lookup = %v, %q; want an empty resource", empty, why)
+	}
+	if !xdsgen.OnDemand(key.Type, key.Name) || !none.MayDiffer(nil, key) {
+		t.Error("the name is not said to be one that is made on demand")
+	}
+	same := build(none, nil)
+	if same.MayDiffer(none, key) {
+		t.Error("nothing changed, and it may differ")
+	}
+	one := policies("")
+	some := build(same, one)
+	if !some.MayDiffer(same, key) {
+		t.Error("a policy came, and nothing differs")
+	}
+	if build(some, policies("")).MayDiffer(some, key) {
+		t.Error("the same policy, parsed again, differs")
+	}
+	full, _ := some.Lookup(node, xdsgen.NodePoliciesType, "default/new")
+	if full == nil || full.Version == empty.Version {
+		t.Errorf("with a policy by labels: %v", full)
+	}
+	// Once it is known it has the same resource, so that nothing is sent.
+	known := build(some, one, "new")
+	if r, _ := known.Lookup(node, xdsgen.NodePoliciesType, "default/new"); r == nil || r.Version != full.Version {
+		t.Errorf("known: %v, want version %s", r, full.Version)
+	}
+	if again := build(known, nil); !again.MayDiffer(known, key) {
+		t.Error("the service and its policy went, and nothing differs")
+	}
+	for _, name := range []string{"new", "default/a.b", "inlay/x", "/", "", "default/"} {
+		if r, why := none.Lookup(node, xdsgen.NodePoliciesType, name); r != nil || why == "" {
+			t.Errorf("Lookup(%q) = %v, %q; want a reason", name, r, why)
+		}
+	}
+}
+
+func TestEachViewHasItsOwnTypes(t *testing.T) {
+	views, err := xdsgen.New(mesh(2, 1), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range xdsgen.Kinds() {
+		v := xdsgen.View{Kind: k, Namespace: "default", Service: "s1"}
+		set := views.Set(v)
+		for _, typeURL := range []string{
+			xdsgen.ListenerType, xdsgen.RouteType, xdsgen.ClusterType, xdsgen.EndpointsType, xdsgen.NodeServiceType, xdsgen.NodePoliciesType,
+		} {
+			mine := strings.Contains(typeURL, "inlay.node") == (k == xdsgen.Node)
+			if got := len(set.Resources[typeURL]) > 0; got != mine {
+				t.Errorf("%s view: has %s: %v, want %v", k, typeURL, got, mine)
+			}
+			for _, name := range []string{"default/s1", "s1.default:80", "s1"} {
+				r, why := views.Lookup(v, typeURL, name)
+				if !mine && (r != nil || why == "" || why != xdsgen.WithheldType(v, typeURL)) {
+					t.Errorf("%s view: %s %q = %v, %q; want none and a reason", k, typeURL, name, r, why)
+				}
+			}
+		}
+	}
+}
+
+// A name that means a plain port has no listener, and the status of who asks says why.
+func TestNamesOfPlainPorts(t *testing.T) {
+	m := mesh(2, 1)
+	m.Services[0].Ports = append(m.Services[0].Ports,
+		ir.Port{Number: 80, Protocol: ir.UDP, Clusters: []ir.Cluster{{Name: "s0.default:80/udp"}}},
+		ir.Port{Number: 53, Protocol: ir.UDP, Clusters: []ir.Cluster{{Name: "s0.default:53/udp"}}})
+	m.Services[1].Ports[0].Protocol, m.Services[1].Ports[0].Routes = ir.TCP, nil
+	views, err := xdsgen.New(m, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, plain := range map[string]bool{
+		"s0": false, "s0:80": false, "s0.default:80": false, "s0:53": true, "s0.default:53": true,
+		"s1": true, "s1.default": true, "s1:80": true, "s1.default:80": true,
+		"s1:81": false, "s1.shop": false, "s2": false, "s2:53": false, "": false, ":": false, ".": false,
+	} {
+		r, why := views.Lookup(xdsgen.View{Kind: xdsgen.SDK, Namespace: "default"}, xdsgen.ListenerType, name)
+		if strings.Contains(why, "is plain TCP or UDP") != plain || plain && r != nil {
+			t.Errorf("Lookup(%q) = %v, %q; plain port: %v", name, r, why, plain)
+		}
+	}
+	sdk := xdsgen.View{Kind: xdsgen.SDK, Namespace: "default", Service: "s1"}
+	for typeURL, byName := range views.Set(sdk).Resources {
+		for name := range byName {
+			if strings.Contains(name, "s1") || strings.Contains(name, "udp") || strings.Contains(name, "53") {
+				t.Errorf("%s %q is made of a plain port", typeURL, name)
+			}
 		}
 	}
 }

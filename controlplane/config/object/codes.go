@@ -21,6 +21,9 @@ const (
 	Contradiction Code = "INL1013"
 	NotBuilt      Code = "INL1014"
 
+	SelectsNothing Code = "INL1015"
+	NoNetworkRules Code = "INL1016"
+
 	DuplicateObject Code = "INL1201"
 	UnknownParent   Code = "INL1202"
 	UnknownTarget   Code = "INL1203"
@@ -30,6 +33,7 @@ const (
 	TwoPolicies     Code = "INL1207"
 	WrongProtocol   Code = "INL1208"
 	MixedRoutes     Code = "INL1209"
+	UnknownService  Code = "INL1210"
 
 	UnknownBackend     Code = "INL2001"
 	Unreachable        Code = "INL2002"
@@ -43,6 +47,8 @@ const (
 	RegisteredProtocol Code = "INL2010"
 	SplitPolicy        Code = "INL2011"
 	NoRules            Code = "INL2012"
+	UnknownPeer        Code = "INL2013"
+	NoVirtualAddress   Code = "INL2014"
 )
 
 // Severity returns Warning for the codes INL2..., else Fault.
@@ -76,6 +82,8 @@ var Codes = []CodeInfo{
 	{Repeated, "repeated", "A list holds an entry twice that must be there once."},
 	{Contradiction, "contradiction", "Two fields of one object contradict each other."},
 	{NotBuilt, "not-built", "A field or value of the standard that this release does not honour; it is refused, never ignored."},
+	{SelectsNothing, "selects-nothing", "A selector, a peer or a list of a NetworkPolicy names nothing; elsewhere that would mean everything."},
+	{NoNetworkRules, "no-network-rules", "A NetworkPolicy, or a direction of it, has no rules and so no effect."},
 	{DuplicateObject, "duplicate-object", "Two objects have the same kind, namespace and name."},
 	{UnknownParent, "unknown-parent", "A route's parentRef names a service that no MeshService declares."},
 	{UnknownTarget, "unknown-target", "A policy's targetRef names a service that no MeshService declares."},
@@ -83,8 +91,9 @@ var Codes = []CodeInfo{
 	{UnknownPort, "unknown-port", "A reference names a port that its MeshService does not list."},
 	{AmbiguousPort, "ambiguous-port", "A reference without a port, to a service with several."},
 	{TwoPolicies, "two-policies", "Two policies are for the same target."},
-	{WrongProtocol, "wrong-protocol", "A GRPCRoute is attached to a port that does not speak HTTP/2."},
+	{WrongProtocol, "wrong-protocol", "A route is attached to a port, or sends calls to one, that does not speak its protocol."},
 	{MixedRoutes, "mixed-routes", "HTTPRoutes and GRPCRoutes are attached to the same port; the standard lets only one kind take effect."},
+	{UnknownService, "unknown-service", "A NetworkPolicy names a service that no MeshService declares."},
 	{UnknownBackend, "unknown-backend", "Neither configuration nor registry knows the backend; it keeps its weight, and its share of the calls fails."},
 	{Unreachable, "unreachable", "A static endpoint of a strict service does not speak mesh TLS; nobody calls it."},
 	{FirstPort, "first-port", "The service has several ports: its name without a port means the first one."},
@@ -97,4 +106,6 @@ var Codes = []CodeInfo{
 	{RegisteredProtocol, "registered-protocol", "Instances disagree with the MeshService, or with each other, about the protocol of a port."},
 	{SplitPolicy, "split-policy", "Timeouts or retries of a version's policy cannot be used by a rule that splits over several backends."},
 	{NoRules, "no-rules", "A GRPCRoute without rules matches no call, so every call to its parents fails."},
+	{UnknownPeer, "unknown-peer", "A peer of a NetworkPolicy is of a namespace in which no service is declared; it may be nobody."},
+	{NoVirtualAddress, "no-virtual-address", "The range of virtual addresses is used up; a service has none."},
 }

@@ -7,6 +7,7 @@ package object
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -23,6 +24,8 @@ type Set struct {
 	Services []Service
 	Policies []Policy
 	Routes   []Route
+	// NetworkPolicies are those of connections; Policies are those of calls.
+	NetworkPolicies []NetworkPolicy
 
 	// Refused are the objects that were named and had faults; they are in none of the lists.
 	// Incomplete is set when something could not even be named. With either, the set is only good
@@ -32,11 +35,13 @@ type Set struct {
 }
 
 // Len returns the number of objects.
-func (s *Set) Len() int { return len(s.Services) + len(s.Policies) + len(s.Routes) }
+func (s *Set) Len() int {
+	return len(s.Services) + len(s.Policies) + len(s.Routes) + len(s.NetworkPolicies)
+}
 
 // Meta names an object.
 type Meta struct {
-	Kind            string // MeshService, TrafficPolicy, HTTPRoute or GRPCRoute
+	Kind            string // MeshService, TrafficPolicy, NetworkPolicy, HTTPRoute or GRPCRoute
 	Namespace, Name string
 	Pos             Pos // of the document
 }
@@ -54,14 +59,19 @@ type Service struct {
 	Versions   []Version
 }
 
-// Port is a port of a service.
+// Plain reports whether each port is TCP or UDP: calls of the SDK know no such service.
+func (s *Service) Plain() bool {
+	return !slices.ContainsFunc(s.Ports, func(p Port) bool { return !p.Protocol.Plain() })
+}
+
+// Port is a port of a service. A number may be there twice: for UDP, and for one of the others.
 type Port struct {
 	Number   uint16
 	Protocol Protocol
 	Pos      Pos
 }
 
-// Protocol is GRPC, HTTP or HTTP2.
+// Protocol is GRPC, HTTP, HTTP2, TCP or UDP.
 type Protocol string
 
 // Protocols of a port.
@@ -69,7 +79,13 @@ const (
 	GRPC  Protocol = "GRPC"
 	HTTP  Protocol = "HTTP"
 	HTTP2 Protocol = "HTTP2"
+	TCP   Protocol = "TCP"
+	UDP   Protocol = "UDP"
 )
+
+// Plain reports whether the protocol is TCP or UDP: nothing is known of what is spoken, so that no
+// route and no call of the SDK goes there.
+func (p Protocol) Plain() bool { return p == TCP || p == UDP }
 
 // Endpoint is a static endpoint.
 type Endpoint struct {

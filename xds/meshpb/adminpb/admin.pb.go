@@ -445,7 +445,11 @@ type Service struct {
 	Endpoints uint32                 `protobuf:"varint,6,opt,name=endpoints,proto3" json:"endpoints,omitempty"`
 	Ready     uint32                 `protobuf:"varint,7,opt,name=ready,proto3" json:"ready,omitempty"`
 	// source is file:line:col, or "registered".
-	Source        string `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	Source string `protobuf:"bytes,8,opt,name=source,proto3" json:"source,omitempty"`
+	// virtual_addresses are the service's own IPs, of each family one; empty when the range is used up.
+	VirtualAddresses []string `protobuf:"bytes,9,rep,name=virtual_addresses,json=virtualAddresses,proto3" json:"virtual_addresses,omitempty"`
+	// workloads is how many sets of labels its instances have: what policies tell apart.
+	Workloads     uint32 `protobuf:"varint,10,opt,name=workloads,proto3" json:"workloads,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -534,6 +538,20 @@ func (x *Service) GetSource() string {
 		return x.Source
 	}
 	return ""
+}
+
+func (x *Service) GetVirtualAddresses() []string {
+	if x != nil {
+		return x.VirtualAddresses
+	}
+	return nil
+}
+
+func (x *Service) GetWorkloads() uint32 {
+	if x != nil {
+		return x.Workloads
+	}
+	return 0
 }
 
 type ServicePort struct {
@@ -698,7 +716,7 @@ type Route struct {
 	Backends       []*Backend             `protobuf:"bytes,8,rep,name=backends,proto3" json:"backends,omitempty"`
 	RequestTimeout *durationpb.Duration   `protobuf:"bytes,9,opt,name=request_timeout,json=requestTimeout,proto3" json:"request_timeout,omitempty"`
 	Retries        uint32                 `protobuf:"varint,10,opt,name=retries,proto3" json:"retries,omitempty"`
-	// clients says per kind of client (sdk, grpc) "honoured", "approximated: ..." or "rejected: ...".
+	// clients says per kind of client that makes calls (sdk, grpc) "honoured", "approximated: ..." or "rejected: ...".
 	Clients       map[string]string `protobuf:"bytes,11,rep,name=clients,proto3" json:"clients,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1201,9 +1219,10 @@ func (x *ListClientsResponse) GetClients() []*Client {
 
 // Client is one connected xDS client.
 type Client struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	NodeId     string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	Identity   string                 `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	NodeId   string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Identity string                 `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	// kind is "sdk", "grpc" or "node".
 	Kind       string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
 	Protocol   string                 `protobuf:"bytes,4,opt,name=protocol,proto3" json:"protocol,omitempty"`
 	SdkVersion string                 `protobuf:"bytes,5,opt,name=sdk_version,json=sdkVersion,proto3" json:"sdk_version,omitempty"`
@@ -2042,7 +2061,7 @@ const file_inlay_admin_v1_admin_proto_rawDesc = "" +
 	"\amessage\x18\x03 \x01(\tR\amessage\"\x15\n" +
 	"\x13ListServicesRequest\"K\n" +
 	"\x14ListServicesResponse\x123\n" +
-	"\bservices\x18\x01 \x03(\v2\x17.inlay.admin.v1.ServiceR\bservices\"\xea\x01\n" +
+	"\bservices\x18\x01 \x03(\v2\x17.inlay.admin.v1.ServiceR\bservices\"\xb5\x02\n" +
 	"\aService\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x121\n" +
@@ -2051,7 +2070,10 @@ const file_inlay_admin_v1_admin_proto_rawDesc = "" +
 	"\bversions\x18\x05 \x03(\tR\bversions\x12\x1c\n" +
 	"\tendpoints\x18\x06 \x01(\rR\tendpoints\x12\x14\n" +
 	"\x05ready\x18\a \x01(\rR\x05ready\x12\x16\n" +
-	"\x06source\x18\b \x01(\tR\x06source\"=\n" +
+	"\x06source\x18\b \x01(\tR\x06source\x12+\n" +
+	"\x11virtual_addresses\x18\t \x03(\tR\x10virtualAddresses\x12\x1c\n" +
+	"\tworkloads\x18\n" +
+	" \x01(\rR\tworkloads\"=\n" +
 	"\vServicePort\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\rR\x04port\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\tR\bprotocol\"K\n" +
