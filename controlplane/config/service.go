@@ -68,16 +68,19 @@ func parseService(t *tree.Tree) (object.Service, []object.Finding) {
 			o.Add(object.NoEffect, []any{"spec", "mtls"}, " %q: each port is TCP or UDP, which are plain whatever the mode is: a NetworkPolicy says who may connect", *in.Spec.MTLS)
 		}
 	}
+	if len(in.Spec.Ports) == 0 && len(in.Spec.Endpoints) > 0 && o.Tree.Sound("spec", "ports") {
+		o.Add(object.Contradiction, []any{"spec", "endpoints"}, "the service has no ports: want ports that they serve, or no endpoints")
+	}
 	s.Endpoints = serviceEndpoints(o, in.Spec.Endpoints, s.Ports)
 	s.Versions = serviceVersions(o, in.Spec.Versions)
 	return s, o.Findings
 }
 
 func servicePorts(o *check.Object, in []servicePort) []object.Port {
-	if !o.Required("the ports of the service, such as [{port: 8080, protocol: GRPC}]", "spec", "ports") {
+	if !o.Required("the ports of the service, such as [{port: 8080, protocol: GRPC}], or [] for one that only calls", "spec", "ports") {
 		return nil
 	}
-	o.Count(len(in), 1, maxPorts, "spec", "ports")
+	o.Count(len(in), 0, maxPorts, "spec", "ports")
 	type number struct {
 		port int64
 		udp  bool

@@ -52,7 +52,7 @@ func (m Meta) String() string { return m.Kind + "/" + m.Namespace + "/" + m.Name
 // Service is a MeshService.
 type Service struct {
 	Meta
-	Ports []Port // at least one, in the order of the file
+	Ports []Port // in the order of the file; none for a service that only calls
 	// Permissive services accept plaintext beside mutual TLS; others, strict ones, do not.
 	Permissive bool
 	Endpoints  []Endpoint // static ones
