@@ -113,6 +113,19 @@ func (c *Cache) get(k key) (RawResource, bool) {
 	return r, ok
 }
 
+// Resources lists what is kept of one type, in no order. Bytes are shared: read only.
+func (c *Cache) Resources(typeURL string) []RawResource {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var out []RawResource
+	for k, r := range c.resources {
+		if k.Type == typeURL {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
 // put keeps a resource.
 func (c *Cache) put(r RawResource) {
 	c.mu.Lock()
@@ -160,10 +173,10 @@ func (c *Cache) save(now time.Time) {
 	for _, r := range c.resources {
 		list = append(list, r)
 	}
-	b := EncodeSnapshot(list, c.meta)
+	meta := c.meta
 	c.mu.Unlock()
 
-	err := replaceFile(c.cfg.Path, b)
+	err := replaceFile(c.cfg.Path, EncodeSnapshot(list, meta))
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.saved = gen // also on failure: the next change tries again; to try this one again and again is no use

@@ -80,7 +80,7 @@ type Config struct {
 // key is a resource by type URL and name.
 type key struct{ Type, Name string }
 
-// Client watches resources by name over one ADS stream. It is safe for concurrent use.
+// Client watches resources by name, or all of a type, over one ADS stream. It is safe for concurrent use.
 type Client struct {
 	cfg    Config
 	stream *ads.Stream   // nil without servers
@@ -90,18 +90,22 @@ type Client struct {
 	inMu  sync.Mutex
 	inbox []ads.Update // from the stream, which holds its lock while it delivers
 
-	mu      sync.Mutex
-	running bool
-	entries map[key]*entry
-	queue   []*watch // those with news, in order
-	cache   *Cache
-	file    map[key]RawResource // of the snapshot
+	mu       sync.Mutex
+	running  bool
+	entries  map[key]*entry
+	queue    []*watch               // those with news, in order
+	all      map[string]*everything // by type URL
+	allQueue []*allWatch            // those with news, in order
+	cache    *Cache
+	file     map[key]RawResource // of the snapshot
 }
 
 // entry is one watched resource.
 type entry struct {
 	watches []*watch
 	linger  *linger // set while nobody watches
+	// covered says that it is here because everything of the type is watched, not by its name.
+	covered bool
 
 	value   *resource.Decoded
 	version string
@@ -142,7 +146,7 @@ func New(cfg Config) (*Client, error) {
 		cfg.Clock = realClock{}
 	}
 	c := &Client{cfg: cfg, wake: make(chan struct{}, 1), stored: make(chan struct{}),
-		entries: map[key]*entry{}, cache: cfg.Cache, file: map[key]RawResource{}}
+		entries: map[key]*entry{}, all: map[string]*everything{}, cache: cfg.Cache, file: map[key]RawResource{}}
 	if cfg.Cache != nil {
 		close(c.stored)
 	}
@@ -255,6 +259,12 @@ func (c *Client) Watch(typeURL, name string, w Watcher) (cancel func()) {
 		c.entries[k] = e
 		c.start(k, e)
 	}
+	if e.covered {
+		e.covered = false
+		if c.stream != nil {
+			c.stream.Subscribe(ads.Name(k), e.value != nil, e.version)
+		}
+	}
 	if e.linger != nil {
 		e.linger.stop()
 		e.linger = nil
@@ -326,7 +336,10 @@ func (c *Client) cancel(k key, e *entry, x *watch) {
 		if e.linger != l {
 			return // watched again while the timer fired
 		}
-		delete(c.entries, k)
+		if e.covered = c.all[k.Type] != nil && e.value != nil; !e.covered {
+			delete(c.entries, k)
+		}
+		e.linger = nil
 		if c.stream != nil {
 			c.stream.Unsubscribe(ads.Name(k))
 		}
@@ -356,7 +369,30 @@ func (c *Client) Attach(cache *Cache) {
 		}
 		if c.load(k, e, raw, true); e.value != nil {
 			e.err = nil
-			c.tellAll(e)
+			c.tellAll(k, e)
+		}
+	}
+	for typeURL, a := range c.all {
+		if a.synced {
+			continue // the server's word on what there is
+		}
+		known := len(c.entries)
+		c.loadAll(typeURL)
+		if len(c.entries) == known {
+			continue
+		}
+		held := map[string]string{}
+		for k, e := range c.entries {
+			if k.Type != typeURL || !e.covered || !e.cached {
+				continue
+			}
+			held[k.Name] = e.version
+			for _, x := range a.watches {
+				c.tellOf(x, k.Name, e)
+			}
+		}
+		if c.stream != nil {
+			c.stream.Hold(typeURL, held)
 		}
 	}
 }

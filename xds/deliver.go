@@ -25,12 +25,22 @@ func (c *Client) pump() {
 		c.inMu.Unlock()
 		c.mu.Lock()
 		for _, u := range in {
-			if e := c.entries[key(u.Name)]; e != nil {
-				c.update(key(u.Name), e, u)
+			k, a := key(u.Name), c.all[u.Type]
+			e := c.entries[k]
+			switch {
+			case a != nil && k.Name == wildcard:
+				c.updateAll(a, u)
+				continue
+			case e == nil && a != nil && !u.NotExist:
+				e = &entry{covered: true}
+				c.entries[k] = e
+			case e == nil:
+				continue
 			}
+			c.update(k, e, u)
 		}
 		c.mu.Unlock()
-		if !c.tellNext() && len(in) == 0 {
+		if told := c.tellNext(); !c.tellNextAll() && !told && len(in) == 0 {
 			return
 		}
 	}
@@ -64,6 +74,9 @@ func (c *Client) update(k key, e *entry, u ads.Update) {
 		if c.cache != nil {
 			c.cache.remove(k)
 		}
+		if e.covered {
+			delete(c.entries, k)
+		}
 	case u.Err != nil:
 		e.rejected, e.rejectedVersion = u.Err.Error(), u.Version
 		c.cfg.Log.Warn("resource rejected", "type", k.Type, "name", k.Name, "version", u.Version, "err", u.Err)
@@ -89,12 +102,17 @@ func (c *Client) update(k key, e *entry, u ads.Update) {
 		}
 	}
 	e.updated = c.cfg.Clock.Now()
-	c.tellAll(e)
+	c.tellAll(k, e)
 }
 
-func (c *Client) tellAll(e *entry) {
+func (c *Client) tellAll(k key, e *entry) {
 	for _, x := range e.watches {
 		c.tell(x, e)
+	}
+	if a := c.all[k.Type]; a != nil {
+		for _, x := range a.watches {
+			c.tellOf(x, k.Name, e)
+		}
 	}
 }
 

@@ -42,6 +42,7 @@ type controlPlane struct {
 	requests []proto.Message
 	noDelta  bool
 	mute     bool // reads requests and answers none
+	most     int  // resources in one delta response; 0 means any number
 	listener *bufconn.Listener
 	server   *grpc.Server
 }
@@ -207,14 +208,21 @@ func serve[M proto.Message](c *controlPlane, s grpc.ServerStream, empty func() M
 type delta struct {
 	c    *controlPlane
 	sent map[name]string // version at the client; "" nothing yet, "-" told that there is none
+	all  map[string]bool // types that a wildcard is for; true until it has been answered
 	n    int
 }
 
-func newDelta(c *controlPlane) *delta { return &delta{c: c, sent: map[name]string{}} }
+func newDelta(c *controlPlane) *delta {
+	return &delta{c: c, sent: map[name]string{}, all: map[string]bool{}}
+}
 
 func (d *delta) request(m proto.Message) {
 	r := m.(*xdspb.DeltaDiscoveryRequest)
 	for _, n := range r.GetResourceNamesSubscribe() {
+		if n == "*" {
+			d.all[r.GetTypeUrl()] = true
+			continue
+		}
 		d.sent[name{r.GetTypeUrl(), n}] = ""
 	}
 	for n, v := range r.GetInitialResourceVersions() {
@@ -226,18 +234,37 @@ func (d *delta) request(m proto.Message) {
 }
 
 func (d *delta) responses() []proto.Message {
+	var parts []proto.Message // of types that were split
 	byType := map[string]*xdspb.DeltaDiscoveryResponse{}
-	for n, at := range d.sent {
-		now, ok := d.c.holds[n]
-		if ok && now.version == at || !ok && (at == "" || at == "-") {
-			continue
+	response := func(typ string) *xdspb.DeltaDiscoveryResponse {
+		r := byType[typ]
+		if r != nil && d.c.most > 0 && len(r.Resources) == d.c.most {
+			parts, r = append(parts, r), nil
 		}
-		r := byType[n.typ]
 		if r == nil {
 			d.n++
-			r = &xdspb.DeltaDiscoveryResponse{TypeUrl: n.typ, Nonce: fmt.Sprint(d.n)}
-			byType[n.typ] = r
+			r = &xdspb.DeltaDiscoveryResponse{TypeUrl: typ, Nonce: fmt.Sprint(d.n)}
+			byType[typ] = r
 		}
+		return r
+	}
+	for typ, due := range d.all {
+		if due {
+			response(typ) // also when there is nothing
+			d.all[typ] = false
+		}
+	}
+	for n := range d.c.holds {
+		if _, ok := d.all[n.typ]; ok && d.sent[n] == "" {
+			d.sent[n] = "new"
+		}
+	}
+	for n, at := range d.sent {
+		now, ok := d.c.holds[n]
+		if _, all := d.all[n.typ]; ok && now.version == at || !ok && (at == "" && !all || at == "-") {
+			continue
+		}
+		r := response(n.typ)
 		if !ok {
 			r.RemovedResources = append(r.RemovedResources, n.name)
 			d.sent[n] = "-"
@@ -246,7 +273,7 @@ func (d *delta) responses() []proto.Message {
 		r.Resources = append(r.Resources, &xdspb.Resource{Name: n.name, Version: now.version, Resource: &anypb.Any{TypeUrl: n.typ, Value: now.bytes}})
 		d.sent[n] = now.version
 	}
-	return inOrder(byType)
+	return append(parts, inOrder(byType)...)
 }
 
 func inOrder[M proto.Message](byType map[string]M) []proto.Message {

@@ -44,6 +44,9 @@ type ResourceStatus struct {
 	NotHonoured []string
 }
 
+// Connected says whether a server is connected now. Unlike Status it costs nothing a resource.
+func (c *Client) Connected() bool { return c.stream != nil && c.stream.Status().Connected }
+
 // Status tells what the client has. It never blocks on the network.
 func (c *Client) Status() Status {
 	var st Status

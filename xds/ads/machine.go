@@ -44,6 +44,15 @@ type (
 	}
 	// Unsubscribe ends that.
 	Unsubscribe struct{ Name }
+	// SubscribeAll asks for every resource of a type, those included that come to exist later. Held
+	// are the values that the caller has, by name, with this server's version of each; empty when
+	// it is not this server's. Asked again it only adds to what is held.
+	SubscribeAll struct {
+		Type string
+		Held map[string]string
+	}
+	// UnsubscribeAll ends that. Names that were subscribed to stay so.
+	UnsubscribeAll struct{ Type string }
 	// Forget says that what the caller holds no longer is what this server sent.
 	Forget struct{}
 	// Connected says that a stream is up; nothing has been sent on it.
@@ -66,15 +75,17 @@ type (
 	Due struct{ Type string }
 )
 
-func (Subscribe) event()    {}
-func (Unsubscribe) event()  {}
-func (Forget) event()       {}
-func (Connected) event()    {}
-func (Disconnected) event() {}
-func (Flush) event()        {}
-func (Response) event()     {}
-func (TimedOut) event()     {}
-func (Due) event()          {}
+func (Subscribe) event()      {}
+func (Unsubscribe) event()    {}
+func (SubscribeAll) event()   {}
+func (UnsubscribeAll) event() {}
+func (Forget) event()         {}
+func (Connected) event()      {}
+func (Disconnected) event()   {}
+func (Flush) event()          {}
+func (Response) event()       {}
+func (TimedOut) event()       {}
+func (Due) event()            {}
 
 // Received is one resource of a response.
 type Received struct {
@@ -135,6 +146,9 @@ type Update struct {
 	Received // Err set: rejected, the value before still holds
 	// NotExist says that the server has no such resource.
 	NotExist bool
+	// Synced, of the name "*": everything of the type that the server had when it was asked has been
+	// delivered. With Err it cannot be had from this server.
+	Synced bool
 }
 
 // Machine is the state of one server's stream and of the subscriptions on it. It is not safe for
@@ -155,6 +169,7 @@ type typeState struct {
 	dirty   bool            // entries and wire differ
 	nonce   string          // of the last response on this stream
 	version string          // SotW: of the last accepted response of this server
+	all     everything
 
 	// SotW: the response of this stream that was rejected last.
 	nacked   bool
@@ -170,6 +185,10 @@ type entry struct {
 	absent    bool   // this server said, or by its silence, that there is none
 	sent      bool   // asked for on this stream
 	timer     bool
+	// covered says that it is here because everything of the type is wanted, not by its name.
+	covered bool
+	// told says that the server was told on this stream that the caller holds it, or has spoken of it.
+	told bool
 }
 
 // NewMachine returns a machine without subscriptions, disconnected.
@@ -182,6 +201,10 @@ func (m *Machine) Step(e Event) []Action {
 		return m.subscribe(e)
 	case Unsubscribe:
 		return m.unsubscribe(e.Name)
+	case SubscribeAll:
+		m.subscribeAll(e)
+	case UnsubscribeAll:
+		return m.unsubscribeAll(e.Type)
 	case Forget:
 		for _, t := range m.types {
 			t.version = ""
@@ -209,26 +232,39 @@ func (m *Machine) Step(e Event) []Action {
 }
 
 func (m *Machine) subscribe(e Subscribe) []Action {
-	t := m.types[e.Type]
-	if t == nil {
-		t = &typeState{url: e.Type, entries: map[string]*entry{}, wire: map[string]bool{}}
-		m.types[e.Type] = t
-		m.order = append(m.order, e.Type)
-	}
-	if t.entries[e.Name.Name] == nil {
+	t := m.state(e.Type)
+	switch en := t.entries[e.Name.Name]; {
+	case en == nil:
 		t.entries[e.Name.Name] = &entry{version: e.Version, known: e.Known}
+		t.dirty = true
+	case en.covered:
+		en.covered = false
 		t.dirty = true
 	}
 	return nil
 }
 
+func (m *Machine) state(url string) *typeState {
+	t := m.types[url]
+	if t == nil {
+		t = &typeState{url: url, entries: map[string]*entry{}, wire: map[string]bool{}}
+		m.types[url] = t
+		m.order = append(m.order, url)
+	}
+	return t
+}
+
 func (m *Machine) unsubscribe(n Name) []Action {
 	t := m.types[n.Type]
-	if t == nil || t.entries[n.Name] == nil {
+	if t == nil || t.entries[n.Name] == nil || t.entries[n.Name].covered {
 		return nil
 	}
 	out := t.stop(nil, n.Name)
-	delete(t.entries, n.Name)
+	if e := t.entries[n.Name]; t.all.wanted && e.known {
+		e.covered, e.sent = true, false
+	} else {
+		delete(t.entries, n.Name)
+	}
 	t.dirty = true
 	return out
 }
@@ -249,8 +285,9 @@ func (m *Machine) disconnect() []Action {
 		for _, name := range slices.Sorted(maps.Keys(t.entries)) {
 			// gRFC A57: the timer runs only while the stream is connected.
 			out = t.stop(out, name)
-			t.entries[name].sent = false
+			t.entries[name].sent, t.entries[name].told = false, false
 		}
+		t.endAll()
 		t.opened, t.nonce = false, ""
 		if t.held != "" {
 			out = append(out, EndHold{url})
@@ -270,13 +307,17 @@ func (m *Machine) flush() []Action {
 		t := m.types[url]
 		// xDS protocol: a client that "has never explicitly subscribed to any resource names" is
 		// treated as if it had subscribed to "*". So a type without names is not opened.
-		if !t.dirty || !t.opened && len(t.entries) == 0 {
-			continue
-		}
-		if m.mode == Delta {
-			out = m.flushDelta(out, t)
-		} else {
-			out = m.sendNames(out, t, t.resumeVersion(), t.held)
+		switch {
+		case !t.dirty:
+		case m.mode == Delta:
+			if t.opened || t.all.wanted || t.named() {
+				out = m.flushDelta(out, t)
+			}
+		default:
+			out = t.refuseAll(out)
+			if t.opened || t.named() {
+				out = m.sendNames(out, t, t.resumeVersion(), t.held)
+			}
 		}
 	}
 	return out
@@ -285,13 +326,19 @@ func (m *Machine) flush() []Action {
 func (m *Machine) flushDelta(out []Action, t *typeState) []Action {
 	r := Request{Mode: Delta, Type: t.url}
 	for name := range t.wire {
-		if t.entries[name] == nil {
+		if e := t.entries[name]; name != wildcard && (e == nil || e.covered) || name == wildcard && !t.all.wanted {
 			r.Unsubscribe = append(r.Unsubscribe, name)
 		}
 	}
+	if t.all.wanted && !t.all.asked {
+		r.Subscribe = append(r.Subscribe, wildcard)
+		r.InitialVersions = t.claims()
+		t.all.asked = true
+		t.wire[wildcard] = true
+	}
 	var asked []string
 	for name, e := range t.entries {
-		if e.sent {
+		if e.sent || e.covered {
 			continue
 		}
 		// A name that was dropped and asked for again before the server heard of it is asked for
@@ -306,6 +353,7 @@ func (m *Machine) flushDelta(out []Action, t *typeState) []Action {
 				r.InitialVersions = map[string]string{}
 			}
 			r.InitialVersions[name] = e.version
+			e.told = true
 		}
 	}
 	t.dirty = false
@@ -329,7 +377,13 @@ func (m *Machine) sendNames(out []Action, t *typeState, version, fault string) [
 		t.held = ""
 		out = append(out, EndHold{t.url})
 	}
-	names := slices.Sorted(maps.Keys(t.entries))
+	var names []string
+	for name, e := range t.entries {
+		if !e.covered {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
 	var asked []string
 	for _, name := range names {
 		if !t.entries[name].sent {
@@ -349,7 +403,7 @@ func (m *Machine) sendNames(out []Action, t *typeState, version, fault string) [
 func (t *typeState) resumeVersion() string {
 	if !t.opened {
 		for _, e := range t.entries {
-			if !e.confirmed {
+			if !e.confirmed && !e.covered {
 				return ""
 			}
 		}
@@ -387,7 +441,7 @@ func (m *Machine) response(r Response) []Action {
 	t.nonce = r.Nonce
 	var out []Action
 	var errs []error
-	nameless := false
+	nameless, probed := false, false
 	present := map[string]bool{}
 	twice := duplicates(r.Resources)
 	for _, res := range r.Resources {
@@ -402,10 +456,19 @@ func (m *Machine) response(r Response) []Action {
 			errs = append(errs, res.Err)
 			nameless = nameless || res.Name == ""
 		}
+		if t.all.probing && res.Name == probe {
+			probed = true
+			continue
+		}
 		e := t.entries[res.Name]
+		if e == nil && t.all.asked && res.Name != "" {
+			e = &entry{covered: true}
+			t.entries[res.Name] = e
+		}
 		if e == nil {
 			continue // dropped in the meantime, or never asked for
 		}
+		e.told = true
 		out = t.stop(out, res.Name)
 		if res.Err == nil {
 			// gRFC A46: the good resources of a response are used even when others are bad.
@@ -418,6 +481,10 @@ func (m *Machine) response(r Response) []Action {
 		removed = t.missing(present, nameless)
 	}
 	for _, name := range removed {
+		if t.all.probing && name == probe {
+			probed = true
+			continue
+		}
 		if e := t.entries[name]; e != nil {
 			out = t.stop(out, name)
 			out = t.gone(out, name, e)
@@ -425,7 +492,17 @@ func (m *Machine) response(r Response) []Action {
 	}
 	fault := faultText(errs)
 	if m.mode == Delta {
-		return append(out, m.request(Request{Mode: Delta, Type: t.url, Nonce: r.Nonce, Error: fault}))
+		if probed {
+			out = t.sync(out)
+		}
+		out = append(out, m.request(Request{Mode: Delta, Type: t.url, Nonce: r.Nonce, Error: fault}))
+		if t.all.asked && !t.all.probing && !t.all.synced {
+			t.probe()
+		}
+		if t.dirty && (probed || t.all.probing) {
+			out = m.flushDelta(out, t)
+		}
+		return out
 	}
 	// xDS protocol, of a NACK: its version_info "indicates the most recent version that the client
 	// is using".
@@ -491,7 +568,7 @@ func (t *typeState) missing(present map[string]bool, nameless bool) []string {
 	}
 	var out []string
 	for name, e := range t.entries {
-		if e.confirmed && !present[name] {
+		if e.confirmed && !e.covered && !present[name] {
 			out = append(out, name)
 		}
 	}
@@ -502,6 +579,9 @@ func (t *typeState) missing(present map[string]bool, nameless bool) []string {
 func (t *typeState) gone(out []Action, name string, e *entry) []Action {
 	if e.absent {
 		return out
+	}
+	if e.covered {
+		delete(t.entries, name)
 	}
 	e.version, e.known, e.confirmed, e.absent = "", false, false, true
 	return append(out, Deliver{Update{Name: Name{t.url, name}, Received: Received{Name: name}, NotExist: true}})
@@ -515,6 +595,9 @@ func (m *Machine) timedOut(n Name) []Action {
 	// xDS protocol: clients "use a timeout (recommended duration is 15 seconds) after sending a
 	// request for a new resource, after which they will consider the requested resource to not exist".
 	t.entries[n.Name].timer = false
+	if n.Name == probe && t.all.probing {
+		return m.flushDelta(t.sync(nil), t)
+	}
 	return t.gone(nil, n.Name, t.entries[n.Name])
 }
 

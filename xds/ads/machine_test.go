@@ -33,6 +33,7 @@ func word(typeURL string) string {
 // starts with "> " is an event, the lines below it are what the machine wants done.
 //
 //	> subscribe TYPE NAME [cached VERSION]   > unsubscribe TYPE NAME   > forget
+//	> subscribe-all TYPE [NAME[@VERSION] (held)]   > unsubscribe-all TYPE
 //	> connect delta|sotw   > disconnect   > flush   > timeout TYPE NAME   > due TYPE
 //	> response TYPE nonce=N [version=V] [NAME@VERSION] [!NAME (rejected)] [!? (rejected, name unknown)] [-NAME (removed)]
 func TestConversations(t *testing.T) {
@@ -97,6 +98,15 @@ func event(w []string) (ads.Event, error) {
 			return ads.Subscribe{Name: name(), Known: true, Version: at(w, 4)}, nil
 		}
 		return ads.Subscribe{Name: name()}, nil
+	case "subscribe-all":
+		e := ads.SubscribeAll{Type: short[at(w, 1)], Held: map[string]string{}}
+		for _, f := range w[2:] {
+			n, v, _ := strings.Cut(f, "@")
+			e.Held[n] = v
+		}
+		return e, nil
+	case "unsubscribe-all":
+		return ads.UnsubscribeAll{Type: short[at(w, 1)]}, nil
 	case "unsubscribe":
 		return ads.Unsubscribe{Name: name()}, nil
 	case "forget":
@@ -170,6 +180,8 @@ func text(a ads.Action) string {
 		switch {
 		case a.NotExist:
 			add("does not exist")
+		case a.Synced:
+			add("synced")
 		case a.Err != nil:
 			add("rejected: %v", a.Err)
 		default:

@@ -273,6 +273,7 @@ func (s *Stream) heard(l *link) bool {
 		return false // being stopped
 	}
 	if s.active != l.index {
+		s.inherit(s.links[max(s.active, 0)], l)
 		s.active = l.index
 		for _, other := range s.links {
 			if other != l {
