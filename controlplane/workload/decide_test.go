@@ -21,6 +21,7 @@ import (
 func FuzzRunRequest(f *testing.F) {
 	for _, req := range []*nodepb.RunRequest{
 		{Kind: &nodepb.RunRequest_Start{Start: &nodepb.Start{Service: "cart", RunId: "r1"}}},
+		{Kind: &nodepb.RunRequest_Start{Start: &nodepb.Start{Service: "cart", RunId: "r1", Managed: &nodepb.Managed{Uid: 7, Cgroup: "/sys/fs/cgroup/inlay/x"}}}},
 		{Kind: &nodepb.RunRequest_Listening{Listening: &nodepb.Listening{Port: 8080, Address: "[::1]:80"}}},
 	} {
 		raw, err := proto.Marshal(req)
@@ -35,6 +36,9 @@ func FuzzRunRequest(f *testing.F) {
 			return
 		}
 		if start, err := readStart(req); err == nil {
+			if m := start.managed; (m != nil) != (req.GetStart().GetManaged() != nil) || m != nil && m.cgroup != "" && m.cgroup[0] != '/' {
+				t.Errorf("accepted %+v", start)
+			}
 			if identity.CheckName(start.svc.name) != nil || identity.CheckName(start.svc.namespace) != nil ||
 				start.svc.namespace == identity.ReservedNamespace || start.runID == "" {
 				t.Errorf("accepted %+v", start)
@@ -42,6 +46,21 @@ func FuzzRunRequest(f *testing.F) {
 		}
 		if b, err := readListening(req.GetListening()); err == nil && (b.port == 0 || !b.address.IsValid() || b.address.Port() == 0) {
 			t.Errorf("accepted %+v", b)
+		}
+	})
+}
+
+// FuzzManagedFile: what stands in the file is refused, or names a service and a cgroup.
+func FuzzManagedFile(f *testing.F) {
+	f.Add([]byte(`{"format":"inlay-managed-runs","version":1,"runs":[{"runId":"r1","namespace":"default","service":"cart","uid":7,"cgroup":"/c","port":80,"address":"127.0.0.1:80"}]}`))
+	f.Add([]byte(`{"format":"inlay-managed-runs","version":2}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		runs, _ := decodeManaged(raw)
+		for _, r := range runs {
+			start, err := r.start()
+			if err != nil || identity.CheckName(start.svc.name) != nil || start.runID == "" || start.managed.cgroup[0] != '/' {
+				t.Errorf("accepted %+v: %v", r, err)
+			}
 		}
 	})
 }

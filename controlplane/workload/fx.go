@@ -17,15 +17,26 @@ const stopTimeout = 10 * time.Second
 
 // Module provides a *Node made of cfg, which runs from the application's start to its stop. The
 // start ends when both sockets accept connections; a node that ends by itself shuts the
-// application down with exit code 1.
+// application down with exit code 1. Where cfg has no Cgroups, those that the application provides
+// are taken.
 func Module(cfg Config) fx.Option {
 	return fx.Module("node",
-		fx.Provide(func() (*Node, error) { return New(cfg) }),
+		fx.Provide(func(in provided) (*Node, error) {
+			if cfg.Cgroups == nil {
+				cfg.Cgroups = in.Cgroups
+			}
+			return New(cfg)
+		}),
 		fx.Provide(newRunner),
 		fx.Invoke(func(lc fx.Lifecycle, r *runner) {
 			lc.Append(fx.Hook{OnStart: r.start, OnStop: r.stop})
 		}),
 	)
+}
+
+type provided struct {
+	fx.In
+	Cgroups Cgroups `optional:"true"`
 }
 
 // runner owns the goroutine of Node.Run.
@@ -76,14 +87,16 @@ func (r *runner) stop(ctx context.Context) error {
 
 // Run runs a node as an fx application until ctx is done, then stops it. ready is called once both
 // sockets accept connections; its error ends the node. Nil means that nobody waits. The error is
-// that of the node itself.
-func Run(ctx context.Context, cfg Config, ready func(*Node) error) error {
+// that of the node itself. Options are parts that start before the node and stop after it; the node
+// agent is one.
+func Run(ctx context.Context, cfg Config, ready func(*Node) error, options ...fx.Option) error {
 	log := cfg.Log
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
 	var r *runner
 	app := fx.New(
+		fx.Options(options...),
 		Module(cfg),
 		fx.Populate(&r),
 		fx.StopTimeout(stopTimeout),

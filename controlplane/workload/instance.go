@@ -20,13 +20,15 @@ type instanceConfig struct {
 	registry registrypb.RegistryClient
 	start    startRequest
 	binding  binding
-	clock    Clock
-	random   func() float64
-	log      *slog.Logger
+	// addresses of the node, by which a managed workload is known elsewhere.
+	addresses []string
+	clock     Clock
+	random    func() float64
+	log       *slog.Logger
 }
 
-// instance keeps a program without the SDK registered as an endpoint that speaks no mesh TLS. Its
-// owner starts run in a goroutine and ends it with drain or abandon.
+// instance keeps a program without the SDK registered: as an endpoint that speaks no mesh TLS, or
+// without a port as a workload. Its owner starts run in a goroutine and ends it with drain or abandon.
 type instance struct {
 	instanceConfig
 	ctx      context.Context
@@ -226,22 +228,31 @@ func (i *instance) register() (registered bool, err error) {
 // message is the instance as the registry takes it. Its id follows from the run, so that a node
 // that starts again takes its own instance over instead of adding a second one.
 func (i *instance) message() *registrypb.Instance {
-	return &registrypb.Instance{
+	m := &registrypb.Instance{
 		InstanceId: "run-" + i.start.runID,
 		Namespace:  i.start.svc.namespace,
 		Service:    i.start.svc.name,
 		Version:    i.start.version,
 		Labels:     i.start.labels,
 		Weight:     1,
-		Ports: []*registrypb.Port{{
-			Port: uint32(i.binding.port),
-			// Listening does not say a protocol and the registry wants one. It decides nothing: a
-			// declared service has the protocol of its declaration, and one that nobody declared is
-			// strict, so that nobody calls an instance without mesh TLS.
-			Protocol:  registrypb.Protocol_PROTOCOL_HTTP,
-			Addresses: []string{i.binding.address.String()},
-		}},
-		Tls:   registrypb.Tls_TLS_NONE,
-		RunId: i.start.runID,
+		Tls:        registrypb.Tls_TLS_NONE,
 	}
+	if i.start.managed != nil {
+		m.Addresses = i.addresses
+	}
+	if i.binding.port == 0 {
+		// No run id: an SDK below this run takes the endpoint's place, not the workload's.
+		m.InstanceId = "workload-" + i.start.runID
+		return m
+	}
+	m.RunId = i.start.runID
+	// Listening does not say a protocol above TCP and the registry wants one. It decides nothing: a
+	// declared service has the protocol of its declaration, and one that nobody declared is strict,
+	// so that nobody with the SDK calls an instance without mesh TLS.
+	protocol := registrypb.Protocol_PROTOCOL_HTTP
+	if i.binding.udp {
+		protocol = registrypb.Protocol_PROTOCOL_UDP
+	}
+	m.Ports = []*registrypb.Port{{Port: uint32(i.binding.port), Protocol: protocol, Addresses: []string{i.binding.address.String()}}}
+	return m
 }

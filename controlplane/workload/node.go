@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -63,6 +64,11 @@ type Config struct {
 	// "NAMESPACE/NAME", or "*" for every service. Nil means that the node's own user may run every
 	// service and nobody else any, as in `inlay dev`.
 	Users map[uint32][]string
+	// Cgroups manages the cgroups of `inlay run --ebpf`; nil refuses such runs.
+	Cgroups Cgroups
+	// NodeAddresses are the IPs of this machine that managed workloads are known by on others. Nil
+	// means none: such a workload is known on this machine only.
+	NodeAddresses []netip.Addr
 	// Table reads processes; nil means /proc.
 	Table attest.Table
 	Clock Clock
@@ -86,7 +92,9 @@ type Node struct {
 	wg       sync.WaitGroup // everything that runs in workers
 
 	mu        sync.Mutex
-	instances map[string]*instance // by run id
+	instances map[instanceKey]*instance
+	entering  map[string]bool       // run ids of managed runs that are being admitted
+	managed   map[string]managedRun // by run id, as the file has them
 }
 
 // New checks cfg and returns a node at rest; nothing is opened until Run.
@@ -139,10 +147,12 @@ func New(cfg Config) (*Node, error) {
 	}
 	return &Node{
 		cfg: cfg, td: td, log: cfg.Log,
-		regs:      newRegistrations(cfg.Table),
+		regs:      newRegistrations(cfg.Table, cfg.Cgroups),
 		ready:     make(chan struct{}),
 		stopping:  make(chan struct{}),
-		instances: make(map[string]*instance),
+		instances: make(map[instanceKey]*instance),
+		entering:  make(map[string]bool),
+		managed:   make(map[string]managedRun),
 	}, nil
 }
 
@@ -191,6 +201,7 @@ func (n *Node) Run(ctx context.Context) error {
 		clock: n.cfg.Clock, random: n.cfg.Rand, log: n.log,
 	})
 	n.wg.Go(func() { n.issuer.followBundle(workers) })
+	n.recall(ctx)
 
 	api, local := n.servers()
 	failed := make(chan error, 2)

@@ -45,6 +45,7 @@ import (
 //	insist                  prints its identity once it has one
 //	dying-root ...          registers, starts the rest with its connection, and ends at once
 //	attest                  asks the node whose process 1 is
+//	managed SERVICE RUNID   asks for a cgroup and prints the answer
 //	until-stdin-ends        waits
 const runDirVariable = "INLAY_TEST_RUN_DIR"
 
@@ -116,6 +117,21 @@ func act(dir string, words []string) error {
 			return err
 		}
 		_, err = nodepb.NewNodeClient(conn).Attest(context.Background(), &nodepb.AttestRequest{Pid: 1})
+		fmt.Println(status.Code(err), status.Convert(err).Message())
+		return nil
+	case "managed":
+		conn, err := dialUnix(filepath.Join(dir, workload.NodeSocket))
+		if err != nil {
+			return err
+		}
+		stream, err := nodepb.NewNodeClient(conn).Run(context.Background())
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(managedStart(words[1], words[2], &nodepb.Managed{Uid: uint32(os.Getuid())})); err != nil {
+			return err
+		}
+		_, err = stream.Recv()
 		fmt.Println(status.Code(err), status.Convert(err).Message())
 		return nil
 	case "until-stdin-ends":

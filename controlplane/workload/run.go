@@ -54,9 +54,8 @@ func (s *nodeService) Run(stream grpc.BidiStreamingServer[nodepb.RunRequest, nod
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
 	caller := attest.CallerFrom(ctx)
-	if !allowed(n.cfg.Users, caller.UID, start.svc) {
-		return status.Errorf(codes.PermissionDenied, "user %d may not run %s: start the node with --allow %d=%s/%s",
-			caller.UID, start.svc, caller.UID, start.svc.namespace, start.svc.name)
+	if err := n.permit(caller, start); err != nil {
+		return n.refused(ctx, caller, start, err)
 	}
 	id, err := n.id(start.svc)
 	if err != nil {
@@ -69,25 +68,21 @@ func (s *nodeService) Run(stream grpc.BidiStreamingServer[nodepb.RunRequest, nod
 	}
 	defer watch.Close()
 
+	uid := start.user(caller)
 	reg := &registration{
-		root: caller.Process, uid: caller.UID, svc: start.svc, runID: start.runID,
-		entry: n.issuer.acquire(start.svc, id, caller.UID),
+		root: caller.Process, uid: uid, svc: start.svc, runID: start.runID,
+		entry: n.issuer.acquire(start.svc, id, uid),
 		ended: make(chan struct{}),
 	}
-	defer n.issuer.release(reg.entry)
-	if err := n.regs.add(reg); err != nil {
-		return status.Error(codes.AlreadyExists, err.Error())
+	if err := n.enter(ctx, &start, reg); err != nil {
+		n.issuer.release(reg.entry)
+		return n.refused(ctx, caller, start, err)
 	}
-	n.log.InfoContext(ctx, "registration started", "service", start.svc.String(), "pid", caller.Process.PID, "uid", caller.UID, "run_id", start.runID)
-	defer func() {
-		if n.regs.remove(reg) {
-			n.leave(reg.runID)
-		}
-		n.log.InfoContext(ctx, "registration ended", "service", start.svc.String(), "pid", caller.Process.PID, "run_id", start.runID)
-	}()
+	n.log.InfoContext(ctx, "registration started", "service", start.svc.String(), "pid", caller.Process.PID, "uid", uid, "run_id", start.runID, "cgroup", reg.cgroup)
+	defer n.retire(context.WithoutCancel(ctx), reg)
 
 	if err := stream.Send(&nodepb.RunResponse{Kind: &nodepb.RunResponse_Started{Started: &nodepb.Started{
-		SpiffeId: id.String(), WorkloadSocket: n.WorkloadSocket(), ControlPlane: "unix:" + n.cfg.ControlPlane,
+		SpiffeId: id.String(), WorkloadSocket: n.WorkloadSocket(), ControlPlane: "unix:" + n.cfg.ControlPlane, Cgroup: reg.cgroup,
 	}}}); err != nil {
 		return err
 	}
@@ -133,13 +128,22 @@ func (s *nodeService) converse(stream grpc.BidiStreamingServer[nodepb.RunRequest
 			switch kind := req.GetKind().(type) {
 			case *nodepb.RunRequest_Listening:
 				binding, err := readListening(kind.Listening)
+				if err == nil {
+					binding.address, err = n.reachable(start, binding.address)
+				}
 				if err != nil {
 					return status.Error(codes.InvalidArgument, err.Error())
 				}
 				inst = n.announce(start, binding)
 				changed = inst.changes()
+				if start.managed != nil {
+					n.rememberPort(reg.runID, binding)
+				}
 			case *nodepb.RunRequest_Stopped:
-				n.leave(reg.runID)
+				n.withdraw(instanceKey{reg.runID, false})
+				if start.managed != nil {
+					n.rememberPort(reg.runID, binding{})
+				}
 				inst, changed = nil, nil
 				if err := stream.Send(&nodepb.RunResponse{Kind: &nodepb.RunResponse_Drained{Drained: &nodepb.Drained{}}}); err != nil {
 					return err
@@ -166,6 +170,7 @@ type startRequest struct {
 	version string
 	labels  map[string]string
 	runID   string
+	managed *managedStart // nil: known by its place in the process tree
 }
 
 func readStart(req *nodepb.RunRequest) (startRequest, error) {
@@ -180,13 +185,18 @@ func readStart(req *nodepb.RunRequest) (startRequest, error) {
 	if n := len(m.GetRunId()); n == 0 || n > 128 {
 		return startRequest{}, fmt.Errorf("run id has %d characters: want 1 to 128, chosen at random", n)
 	}
-	return startRequest{svc: svc, version: m.GetVersion(), labels: m.GetLabels(), runID: m.GetRunId()}, nil
+	managed, err := readManaged(m.GetManaged())
+	if err != nil {
+		return startRequest{}, err
+	}
+	return startRequest{svc: svc, version: m.GetVersion(), labels: m.GetLabels(), runID: m.GetRunId(), managed: managed}, nil
 }
 
-// binding is a checked Listening.
+// binding is a checked Listening. The zero value is no port.
 type binding struct {
 	port    uint16
 	address netip.AddrPort
+	udp     bool
 }
 
 func readListening(m *nodepb.Listening) (binding, error) {
@@ -197,46 +207,88 @@ func readListening(m *nodepb.Listening) (binding, error) {
 	if err != nil {
 		return binding{}, fmt.Errorf("listening: address: %w: want IP:PORT", err)
 	}
-	if addr.Port() == 0 || addr.Addr().IsUnspecified() {
-		return binding{}, fmt.Errorf("listening: address %s: want the address that callers connect to", addr)
+	if addr.Port() == 0 {
+		return binding{}, fmt.Errorf("listening: address %s: want the port that was bound", addr)
 	}
-	return binding{port: uint16(m.GetPort()), address: addr}, nil
+	return binding{port: uint16(m.GetPort()), address: addr, udp: m.GetUdp()}, nil
+}
+
+// reachable is where callers connect to what listens at addr. A managed program that listens on
+// every address is called at the node's first one of that family, where it has none on loopback.
+func (n *Node) reachable(start startRequest, addr netip.AddrPort) (netip.AddrPort, error) {
+	switch {
+	case !addr.Addr().IsUnspecified():
+		return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()), nil
+	case start.managed == nil:
+		return addr, fmt.Errorf("listening: address %s: want the address that callers connect to", addr)
+	}
+	for _, a := range n.cfg.NodeAddresses {
+		// A socket on [::] takes IPv4 too, unless it asked for IPv6 only, which nobody sees from outside.
+		if a = a.Unmap(); a.Is4() || addr.Addr().Is6() {
+			return netip.AddrPortFrom(a, addr.Port()), nil
+		}
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), addr.Port()), nil
 }
 
 // announce has the program's port registered as an instance. What an earlier stream of the same
 // run announced is taken over.
 func (n *Node) announce(start startRequest, b binding) *instance {
-	n.mu.Lock()
-	old := n.instances[start.runID]
-	delete(n.instances, start.runID)
-	n.mu.Unlock()
-	if old != nil {
-		old.abandon()
-	}
+	key := instanceKey{start.runID, false}
+	n.abandon(key)
+	return n.keep(key, start, b)
+}
+
+// keep starts an instance, which runs until it is withdrawn or abandoned.
+func (n *Node) keep(key instanceKey, start startRequest, b binding) *instance {
 	inst := newInstance(n.workers, instanceConfig{
-		registry: n.registry, start: start, binding: b,
+		registry: n.registry, start: start, binding: b, addresses: nodeAddresses(n.cfg.NodeAddresses),
 		clock: n.cfg.Clock, random: n.cfg.Rand, log: n.log,
 	})
 	n.mu.Lock()
-	n.instances[start.runID] = inst
+	n.instances[key] = inst
 	n.mu.Unlock()
 	n.wg.Go(inst.run)
+	return inst
+}
+
+// abandon stops to renew an instance and leaves its lease as it is.
+func (n *Node) abandon(key instanceKey) {
+	if inst := n.take(key); inst != nil {
+		inst.abandon()
+	}
+}
+
+func (n *Node) take(key instanceKey) *instance {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	inst := n.instances[key]
+	delete(n.instances, key)
 	return inst
 }
 
 // leaveTimeout bounds a drain: the registry itself waits 5 s for its clients.
 const leaveTimeout = 6 * time.Second
 
-// leave drains what a run announced, unless the node is stopping: then the program lives on, and
-// its lease with it.
+// leave drains what a run announced, the endpoint first, unless the node is stopping: then the
+// program lives on, and its leases with it.
 func (n *Node) leave(runID string) {
-	n.mu.Lock()
-	inst := n.instances[runID]
-	delete(n.instances, runID)
-	n.mu.Unlock()
-	if inst == nil {
-		return
+	n.withdraw(instanceKey{runID, false})
+	n.withdraw(instanceKey{runID, true})
+}
+
+func (n *Node) abandonAll(runID string) {
+	n.abandon(instanceKey{runID, false})
+	n.abandon(instanceKey{runID, true})
+}
+
+func (n *Node) withdraw(key instanceKey) {
+	if inst := n.take(key); inst != nil {
+		n.drain(inst)
 	}
+}
+
+func (n *Node) drain(inst *instance) {
 	select {
 	case <-n.stopping:
 		inst.abandon()
@@ -244,6 +296,6 @@ func (n *Node) leave(runID string) {
 	default:
 	}
 	if all := inst.drain(n.stopping, leaveTimeout); !all {
-		n.log.Warn("instance left without drain: its lease ends by itself", "run_id", runID)
+		n.log.Warn("instance left without drain: its lease ends by itself", "run_id", inst.start.runID)
 	}
 }
