@@ -6,9 +6,9 @@ SHELL := /bin/bash
 
 # Each module is built as its users see it: outside the workspace.
 export GOWORK := off
-MODULES := . controlplane cmd/inlay meshsdk/meshtest examples interop
+MODULES := . controlplane ebpf cmd/inlay meshsdk/meshtest examples interop
 TOOLS := $(CURDIR)/.tools
-GENERATED := proto/inlay/xds xds/xdspb xds/meshpb identity/workloadpb controlplane/admin/adminconnect cmd/inlay/demopb examples/hellopb
+GENERATED := proto/inlay/xds xds/xdspb xds/meshpb identity/workloadpb controlplane/admin/adminconnect cmd/inlay/demopb examples/hellopb ebpf/bpfobj
 
 .PHONY: help
 help: ## Show the targets
@@ -22,12 +22,21 @@ build: ## Build bin/inlay
 demo: build ## Five services in a mesh, live traffic, a summary (FOR=20s)
 	./bin/inlay demo --for $(or $(FOR),20s)
 
+.PHONY: demo-legacy
+demo-legacy: build ## curl and a Python server in the mesh by eBPF, as root (FOR=20s)
+	./bin/inlay demo-legacy --for $(or $(FOR),20s)
+
 .PHONY: test
 test: deps lint vet generated allocations race ## All checks of every module; ends in the test runner's lines
 
 .PHONY: deps
-deps: ## Install what the tests need: a C compiler (race detector), Python with grpcio (interop)
+deps: ## Install what the tests need: C compilers (race detector, eBPF), namespaces, Python with grpcio (interop)
 	@command -v gcc >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends gcc libc6-dev; }
+	@missing=; for p in clang:clang llvm-strip:llvm ip:iproute2 nsenter:util-linux curl:curl iptables-nft:iptables; do \
+		command -v $${p%%:*} >/dev/null || missing="$$missing $${p##*:}"; done; \
+	test -e /usr/include/bpf/bpf_helpers.h || missing="$$missing libbpf-dev"; \
+	test -e /usr/include/linux/bpf.h || missing="$$missing linux-libc-dev"; \
+	test -z "$$missing" || { apt-get update -q && apt-get install -qy --no-install-recommends $$missing; }
 	@command -v git >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends git; }
 	@command -v python3 >/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends python3 python3-venv; }
 	@python3 -c 'import venv, ensurepip' 2>/dev/null || { apt-get update -q && apt-get install -qy --no-install-recommends python3-venv; }
@@ -52,6 +61,7 @@ vet: ## go vet
 generate: ## Write generated files anew
 	cd tools && go run ./xdstrim > ../proto/inlay/xds/v3/xds.proto.new && mv ../proto/inlay/xds/v3/xds.proto.new ../proto/inlay/xds/v3/xds.proto
 	cd tools && go run ./protogen ..
+	ebpf/bpf/generate.sh
 
 .PHONY: generated
 generated: ## Fail when a generated file is not what its source makes of it

@@ -18,7 +18,7 @@ import (
 const module = "github.com/inlay-mesh/inlay"
 
 // modules are the directories that hold a go.mod and are part of the house; tools is none of it.
-var modules = []string{".", "controlplane", "cmd/inlay", "meshsdk/meshtest", "examples", "interop"}
+var modules = []string{".", "controlplane", "ebpf", "cmd/inlay", "meshsdk/meshtest", "examples", "interop"}
 
 // rooms says for each room which rooms of the house it may import besides itself, the longest
 // prefix of a package's path naming its room. ARCHITECTURE, section 2.
@@ -31,10 +31,12 @@ var rooms = map[string][]string{
 	"controlplane":       {"xds/meshpb", "identity"},
 	"controlplane/serve": {"controlplane", "xds/meshpb", "identity", "xds/resource"},
 	"controlplane/ir":    {},
+	"ebpf":               {"xds", "identity"},
+	"ebpf/bpfobj":        {},
 	"examples":           {"meshsdk", "meshsdk/meshtest"},
 	"meshsdk/meshtest":   {"meshsdk", "xds", "identity", "controlplane"},
-	"cmd/inlay":          {"meshsdk", "xds", "identity", "controlplane"},
-	"interop":            {"meshsdk", "meshsdk/meshtest", "xds", "identity", "controlplane", "examples"},
+	"cmd/inlay":          {"meshsdk", "xds", "identity", "controlplane", "ebpf"},
+	"interop":            {"meshsdk", "meshsdk/meshtest", "xds", "identity", "controlplane", "ebpf", "examples"},
 }
 
 // within a room that has rooms of its own, importing them is free, but for these closed ones.
