@@ -21,7 +21,7 @@ type target struct {
 }
 
 func (t *target) flags(c *cobra.Command) {
-	c.Flags().StringVar(&t.runDir, "run-dir", "", "run directory of the mesh (default $XDG_RUNTIME_DIR/inlay, else ~/.inlay/run)")
+	c.Flags().StringVar(&t.runDir, "run-dir", "", "run directory of the mesh (default $XDG_RUNTIME_DIR/inlay, else ~/.inlay/run, else "+systemRun+")")
 	c.Flags().StringVar(&t.admin, "admin", "", "host:port of the control plane's admin API (default: found in the run directory)")
 }
 
@@ -29,7 +29,7 @@ func (t *target) flags(c *cobra.Command) {
 func (t *target) client() (adminconnect.AdminClient, string, error) {
 	addr := t.admin
 	if addr == "" {
-		p, err := placesAt(t.runDir)
+		p, err := placesOf(t.runDir)
 		if err != nil {
 			return nil, "", err
 		}

@@ -3,6 +3,9 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -10,6 +13,57 @@ import (
 	"github.com/inlay-mesh/inlay/controlplane"
 	"github.com/inlay-mesh/inlay/xds"
 )
+
+// virtualFlags are the ranges of the services' own addresses.
+type virtualFlags struct{ v4, v6 prefixFlag }
+
+func (f *virtualFlags) flags(c *cobra.Command) {
+	f.v4.ipv4 = true
+	c.Flags().Var(&f.v4, "virtual-ipv4", "range of the services' virtual IPv4 addresses (default 198.18.0.0/15)")
+	c.Flags().Var(&f.v6, "virtual-ipv6", "range of the services' virtual IPv6 addresses (default fd69:6e6c:6179::/64)")
+}
+
+// args are the flags as a command line.
+func (f *virtualFlags) args() []string {
+	var out []string
+	for name, p := range map[string]prefixFlag{"--virtual-ipv4": f.v4, "--virtual-ipv6": f.v6} {
+		if p.IsValid() {
+			out = append(out, name+"="+p.String())
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// prefixFlag is a range of addresses of one family; the zero value is the default one.
+type prefixFlag struct {
+	netip.Prefix
+	ipv4 bool
+}
+
+func (p *prefixFlag) Type() string { return "CIDR" }
+
+func (p *prefixFlag) String() string {
+	if !p.IsValid() {
+		return ""
+	}
+	return p.Prefix.String()
+}
+
+// Set reads a CIDR without bits behind its mask.
+func (p *prefixFlag) Set(s string) error {
+	got, err := netip.ParsePrefix(s)
+	switch {
+	case err != nil:
+		return errors.New("want a range of addresses, as 198.18.0.0/15")
+	case got.Addr().Is4() != p.ipv4:
+		return errors.New("want a range of the family that the flag names")
+	case got != got.Masked():
+		return fmt.Errorf("bits are set behind the mask: want %s", got.Masked())
+	}
+	p.Prefix = got
+	return nil
+}
 
 func controlplaneCommand() *cobra.Command {
 	var f devFlags
@@ -36,6 +90,7 @@ itself where a service manager does the watching.`,
 				ConfigDir: f.config, DataDir: f.data, RunDir: p.run, TrustDomain: f.trustDomain,
 				Plaintext: f.xdsAddr, MTLS: f.xdsMTLSAddr, Admin: f.adminAddr,
 				UnixSocket: p.xdsSocket(), NodeSocket: p.nodeSocket(), SVIDTTL: f.svidTTL,
+				VirtualIPv4: f.virtual.v4.Prefix, VirtualIPv6: f.virtual.v6.Prefix,
 				Version: versionText(), EncodeSnapshot: encodeSnapshot,
 				Log: log.logger(c.ErrOrStderr()).With("daemon", "controlplane"),
 			})
@@ -53,6 +108,7 @@ itself where a service manager does the watching.`,
 	cmd.Flags().StringVar(&f.xdsMTLSAddr, "xds-mtls-addr", ":15012", "xDS with mutual TLS; empty: off")
 	cmd.Flags().StringVar(&f.adminAddr, "admin-addr", "127.0.0.1:15080", "admin API, loopback only")
 	cmd.Flags().DurationVar(&f.svidTTL, "svid-ttl", time.Hour, "lifetime of certificates")
+	f.virtual.flags(cmd)
 	cmd.Flags().IntVar(&readyFD, "ready-fd", 0, "descriptor to write one line of JSON to when ready")
 	_ = cmd.Flags().MarkHidden("ready-fd")
 	log.flags(cmd)

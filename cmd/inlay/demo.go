@@ -189,10 +189,19 @@ type demoPrograms struct {
 }
 
 type demoProgram struct {
-	name string
-	cmd  *exec.Cmd
-	done chan struct{} // closed when it ended
-	err  error         // set before done is closed
+	name  string
+	cmd   *exec.Cmd
+	done  chan struct{} // closed when it ended
+	err   error         // set before done is closed
+	plain bool          // it ends by SIGTERM itself
+}
+
+// failed says how it ended, where that was not as it should.
+func (d *demoProgram) failed() error {
+	if d.plain && d.cmd.ProcessState.ExitCode() == 128+int(syscall.SIGTERM) {
+		return nil
+	}
+	return d.err
 }
 
 func (p *demoPrograms) start(service, version string) error {
@@ -202,14 +211,23 @@ func (p *demoPrograms) start(service, version string) error {
 		args = append(args, "--version", version)
 		name += "-" + version
 	}
-	cmd := exec.Command(p.self, append(args, "--", p.self, "demo-service", service)...)
-	cmd.Stdout, cmd.Stderr = p.stderr, p.stderr
+	return p.launch(name, false, append(args, "--", p.self, "demo-service", service), nil, p.stderr)
+}
+
+// launch starts this binary with a command line of its own; plain says that the program below knows
+// no other way to end than a signal, stdin may be nil.
+func (p *demoPrograms) launch(name string, plain bool, args []string, stdin *os.File, stdout io.Writer) error {
+	cmd := exec.Command(p.self, args...)
+	cmd.Stdout, cmd.Stderr = stdout, p.stderr
+	if stdin != nil {
+		cmd.Stdin = stdin
+	}
 	cmd.Env = append(os.Environ(), "INLAY_STATE_DIR="+filepath.Join(p.dir, "state", name))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // keys at the terminal are ours to hand on
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("demo: service %s: %w", name, err)
 	}
-	d := &demoProgram{name: name, cmd: cmd, done: make(chan struct{})}
+	d := &demoProgram{name: name, plain: plain, cmd: cmd, done: make(chan struct{})}
 	go func() {
 		d.err = cmd.Wait()
 		close(d.done)
@@ -227,8 +245,8 @@ func (p *demoPrograms) stop() error {
 		_ = d.cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-d.done:
-			if d.err != nil {
-				errs = append(errs, fmt.Errorf("demo: service %s: %w", d.name, d.err))
+			if err := d.failed(); err != nil {
+				errs = append(errs, fmt.Errorf("demo: service %s: %w", d.name, err))
 			}
 		case <-time.After(15 * time.Second):
 			_ = d.cmd.Process.Kill()

@@ -75,7 +75,7 @@ var demoProcesses = []struct{ service, version string }{
 
 func demoServiceCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:    "demo-service stock|payments|cart|orders|web",
+		Use:    "demo-service stock|payments|cart|orders|web|clerk",
 		Short:  "One service of the demo",
 		Hidden: true,
 		Args:   exactly("NAME"),
@@ -118,8 +118,10 @@ func demoService(ctx context.Context, m *meshsdk.Mesh, name string) error {
 		return m.Run(ctx, meshsdk.GRPC(8080, s))
 	case "web":
 		return browse(ctx, m)
+	case "clerk":
+		return askLegacy(ctx, m)
 	}
-	return usageError(fmt.Errorf("demo service %q: want stock, payments, cart, orders or web", name))
+	return usageError(fmt.Errorf("demo service %q: want stock, payments, cart, orders, web or clerk", name))
 }
 
 type stock struct {
@@ -220,6 +222,32 @@ func browse(ctx context.Context, m *meshsdk.Mesh) error {
 		})
 	}
 	return nil
+}
+
+// askLegacy calls the program without the SDK by its name, ten times a second until ctx is done.
+func askLegacy(ctx context.Context, m *meshsdk.Mesh) error {
+	if err := m.Ready(ctx, "legacy"); err != nil {
+		return err
+	}
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	client := m.HTTPClient()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		call, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		req, err := http.NewRequestWithContext(call, http.MethodGet, "http://legacy/", nil)
+		if err == nil {
+			err = fetch(client, req)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "clerk:", err)
+		}
+		cancel()
+	}
 }
 
 type visitor struct {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/inlay-mesh/inlay/controlplane"
 	"github.com/inlay-mesh/inlay/controlplane/admin/adminconnect"
+	"github.com/inlay-mesh/inlay/ebpf/load"
 	"github.com/inlay-mesh/inlay/xds/meshpb/adminpb"
 )
 
@@ -31,6 +32,9 @@ type devFlags struct {
 	trustDomain                     string
 	xdsAddr, xdsMTLSAddr, adminAddr string
 	svidTTL                         time.Duration
+	virtual                         virtualFlags
+	agent                           agentFlags
+	users                           []string // with the agent: who else may run what
 }
 
 func devCommand() *cobra.Command {
@@ -40,10 +44,16 @@ func devCommand() *cobra.Command {
 		Short: "Start a mesh for this machine: one control plane and one node",
 		Long: `Start a mesh for this machine, without root and without Kubernetes: one control plane and one
 node, each a process of its own that is started again when it ends. Changes of the YAML files are
-live at once; each is shown with its revision and how many clients acknowledged it.`,
-		Example: "  inlay dev\n  inlay dev --config ./mesh --data /var/tmp/mesh",
+live at once; each is shown with its revision and how many clients acknowledged it.
+
+With --ebpf, as root, the node runs the eBPF agent too, and ` + "`sudo inlay run --ebpf`" + ` puts programs that do
+not link the SDK into the mesh. Root and whoever called sudo may then run services; --allow adds others.`,
+		Example: "  inlay dev\n  inlay dev --config ./mesh --data /var/tmp/mesh\n  sudo inlay dev --ebpf --config ./mesh",
 		Args:    exactly(),
 		RunE: func(c *cobra.Command, _ []string) error {
+			if err := f.check(c); err != nil {
+				return err
+			}
 			if f.config == "" {
 				f.config = "mesh"
 				if err := os.MkdirAll(f.config, 0o755); err != nil {
@@ -62,13 +72,56 @@ live at once; each is shown with its revision and how many clients acknowledged 
 	}
 	cmd.Flags().StringVar(&f.config, "config", "", "directory of YAML files, read recursively (default ./mesh, made when missing)")
 	cmd.Flags().StringVar(&f.data, "data", "", "directory of what outlives a restart (default $XDG_DATA_HOME/inlay, else ~/.local/share/inlay)")
-	cmd.Flags().StringVar(&f.runDir, "run-dir", "", "directory of sockets (default $XDG_RUNTIME_DIR/inlay, else ~/.inlay/run)")
+	cmd.Flags().StringVar(&f.runDir, "run-dir", "", "directory of sockets (default $XDG_RUNTIME_DIR/inlay, else ~/.inlay/run; with --ebpf "+systemRun+")")
 	cmd.Flags().StringVar(&f.trustDomain, "trust-domain", "inlay.local", "SPIFFE trust domain")
 	cmd.Flags().StringVar(&f.xdsAddr, "xds-addr", "127.0.0.1:15010", "plaintext xDS, loopback only; empty: off")
 	cmd.Flags().StringVar(&f.xdsMTLSAddr, "xds-mtls-addr", "127.0.0.1:15012", "xDS with mutual TLS; empty: off")
 	cmd.Flags().StringVar(&f.adminAddr, "admin-addr", "127.0.0.1:15080", "admin API, loopback only")
 	cmd.Flags().DurationVar(&f.svidTTL, "svid-ttl", time.Hour, "lifetime of certificates")
+	cmd.Flags().StringArrayVar(&f.users, "allow", nil, "with --ebpf: UID=SERVICE[,SERVICE...] that another user may run; may be repeated")
+	f.virtual.flags(cmd)
+	f.agent.flags(cmd)
 	return cmd
+}
+
+// check refuses what cannot start, before anything does.
+func (f *devFlags) check(c *cobra.Command) error {
+	if err := f.agent.check(c); err != nil {
+		return err
+	}
+	if _, err := f.agent.addresses(); err != nil {
+		return err
+	}
+	if _, err := parseUsers(f.users, -1); err != nil {
+		return err
+	}
+	switch {
+	case f.agent.ebpf && !f.agent.allowUnmanaged:
+		err := load.Check() // capabilities do as well as root
+		if err != nil && os.Geteuid() != 0 {
+			return needRoot("the node agent loads programs into the kernel, which is root's to do")
+		}
+		return coded(err)
+	case !f.agent.ebpf && len(f.users) > 0:
+		return usageError(errors.New("--allow is for a mesh of several users: pass --ebpf too"))
+	}
+	return nil
+}
+
+// nodeArgs is the command line of the node.
+func (d *dev) nodeArgs() []string {
+	args := []string{"--run-dir", d.places.run, "--trust-domain", d.flags.trustDomain}
+	if !d.flags.agent.ebpf {
+		return append(args, "--dev-user", fmt.Sprint(os.Getuid()))
+	}
+	args = append(args, "--allow", fmt.Sprintf("%d=*", os.Getuid()), "--state-dir", filepath.Join(d.flags.data, "node"))
+	if sudo := os.Getenv("SUDO_UID"); sudo != "" {
+		args = append(args, "--dev-user", sudo)
+	}
+	for _, u := range d.flags.users {
+		args = append(args, "--allow", u)
+	}
+	return append(args, d.flags.agent.args()...)
 }
 
 // dev is one running pair of daemons.
@@ -79,12 +132,13 @@ type dev struct {
 	self     string
 
 	mu        sync.Mutex
-	addresses map[string]string
+	addresses map[string]string // of the control plane
+	agent     map[string]string // of the node with its agent
 	pids      map[string]int
 }
 
 func newDev(f devFlags, out, errw io.Writer) (*dev, error) {
-	p, err := placesAt(f.runDir)
+	p, err := placesFor(f.runDir, f.agent.ebpf)
 	if err != nil {
 		return nil, err
 	}
@@ -110,6 +164,11 @@ func newDev(f devFlags, out, errw io.Writer) (*dev, error) {
 // run starts both daemons, calls ready once both are, and returns when ctx is done and both have
 // ended, or when one cannot start at all.
 func (d *dev) run(ctx context.Context, ready func()) error {
+	if d.flags.agent.ebpf { // other users' programs must reach what is in it
+		if err := makeRunDir(d.places.run); err != nil {
+			return err
+		}
+	}
 	unlock, err := lock(d.places.devLock(), holder{PID: os.Getpid(), Started: time.Now(), Config: d.flags.config})
 	if err != nil {
 		return err
@@ -125,15 +184,15 @@ func (d *dev) run(ctx context.Context, ready func()) error {
 		args func() []string
 	}{
 		{"controlplane", func() []string {
-			return []string{
+			return append([]string{
 				"--config", d.flags.config, "--data", d.flags.data, "--run-dir", d.places.run, "--trust-domain", d.flags.trustDomain,
 				"--xds-addr", d.bound(controlplane.AddressXDS, d.flags.xdsAddr),
 				"--xds-mtls-addr", d.bound(controlplane.AddressXDSMTLS, d.flags.xdsMTLSAddr),
 				"--admin-addr", d.bound(controlplane.AddressAdmin, d.flags.adminAddr), "--svid-ttl", d.flags.svidTTL.String(),
-			}
+			}, d.flags.virtual.args()...)
 		}},
 		{"node", func() []string {
-			return []string{"--run-dir", d.places.run, "--trust-domain", d.flags.trustDomain, "--dev-user", fmt.Sprint(os.Getuid())}
+			return d.nodeArgs()
 		}},
 	}
 	for _, daemon := range daemons {
@@ -250,6 +309,8 @@ func (d *dev) once(ctx context.Context, name string, args []string, ready func()
 	})
 	err = cmd.Wait()
 	switch why := text.words(); {
+	case why != "" && cmd.ProcessState.ExitCode() == exitUnsupported:
+		return &exitError{exitUnsupported, errors.New(why)}
 	case why != "":
 		return errors.New(why)
 	case err != nil:
@@ -265,6 +326,16 @@ func (d *dev) note(name string, pid int, addresses map[string]string) {
 	if addresses["admin"] != "" {
 		d.addresses = addresses
 	}
+	if addresses["cgroup"] != "" {
+		d.agent = addresses
+	}
+}
+
+// agentAt is what the node agent said when it was ready last: "cgroup", "pin", "metrics", "flows".
+func (d *dev) agentAt(what string) string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.agent[what]
 }
 
 // bound is the address that a listener had when it was ready last, so that a control plane that is
@@ -295,11 +366,31 @@ func (d *dev) announce() {
   control plane  pid %d; xDS %s (plaintext, this machine), %s (mutual TLS), %s
   node           pid %d; Workload API %s
   admin          http://%s
-Next: inlay run --service NAME -- PROGRAM     inlay get services     inlay status
+%sNext: %s --service NAME -- PROGRAM     inlay get services     inlay status
 `, d.flags.trustDomain, d.flags.config, d.flags.data, pids["controlplane"], dash(a["xds"]), dash(a["xds-mtls"]), a["unix"],
-		pids["node"], d.places.workloadSocket(), a["admin"])
+		pids["node"], d.places.workloadSocket(), a["admin"], agentLine(d.agent), d.verb())
 	d.mu.Unlock()
 	go d.revisions()
+}
+
+// agentLine says where the node agent is, with the line's end; nothing without one.
+func agentLine(a map[string]string) string {
+	if a == nil {
+		return ""
+	}
+	line := "  node agent     cgroup " + a["cgroup"]
+	if a["metrics"] != "" {
+		line += "; metrics http://" + a["metrics"] + "/metrics"
+	}
+	return line + "; flows: inlay observe -f\n"
+}
+
+// verb is how programs are run in this mesh.
+func (d *dev) verb() string {
+	if d.agent != nil {
+		return "sudo inlay run --ebpf"
+	}
+	return "inlay run"
 }
 
 // revisions prints each revision when it runs and when every client has it, and what stands in the

@@ -83,14 +83,14 @@ func (g getter) services() error {
 		return err
 	}
 	return g.out.print(g.c.OutOrStdout(), r, func(w *tabwriter.Writer) {
-		fmt.Fprintln(w, "NAMESPACE\tSERVICE\tPORTS\tMTLS\tVERSIONS\tREADY\tSOURCE")
+		fmt.Fprintln(w, "NAMESPACE\tSERVICE\tPORTS\tMTLS\tVERSIONS\tREADY\tADDRESSES\tSOURCE")
 		for _, s := range r.Services {
 			var ports []string
 			for _, p := range s.Ports {
 				ports = append(ports, fmt.Sprintf("%d/%s", p.Port, p.Protocol))
 			}
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d/%d\t%s\n", s.Namespace, s.Name, dash(strings.Join(ports, ",")), s.Mtls,
-				dash(strings.Join(s.Versions, ",")), s.Ready, s.Endpoints, dash(s.Source))
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d/%d\t%s\t%s\n", s.Namespace, s.Name, dash(strings.Join(ports, ",")), s.Mtls,
+				dash(strings.Join(s.Versions, ",")), s.Ready, s.Endpoints, dash(strings.Join(s.VirtualAddresses, ",")), dash(s.Source))
 		}
 	})
 }

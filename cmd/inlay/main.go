@@ -20,11 +20,12 @@ import (
 
 // Exit codes, as `inlay --help` documents them. `inlay run` returns its child's own code.
 const (
-	exitFailed  = 1 // the verb did not succeed
-	exitUsage   = 2 // the command line is wrong
-	exitFaults  = 4 // the configuration has faults
-	exitAbsent  = 5 // nothing runs where the verb looked
-	exitRunning = 6 // another one runs already
+	exitFailed      = 1 // the verb did not succeed
+	exitUsage       = 2 // the command line is wrong
+	exitUnsupported = 3 // this machine, or this user on it, cannot run eBPF programs
+	exitFaults      = 4 // the configuration has faults
+	exitAbsent      = 5 // nothing runs where the verb looked
+	exitRunning     = 6 // another one runs already
 )
 
 // exitError carries an exit code other than 1.
@@ -42,9 +43,10 @@ func (e *exitError) Error() string {
 
 func (e *exitError) Unwrap() error { return e.err }
 
-const exitHelp = `Exit codes: 0 done, 1 failed, 2 wrong command line, 4 faults in the configuration,
-5 nothing runs there, 6 another one runs already. ` + "`inlay run`" + ` returns the code of its program:
-128 + the signal when one ended it, 126 when it cannot be started, 127 when there is none.`
+const exitHelp = `Exit codes: 0 done, 1 failed, 2 wrong command line, 3 no eBPF here (root, cgroup2, BTF and Linux 6.1
+are what it needs), 4 faults in the configuration, 5 nothing runs there, 6 another one runs already.
+` + "`inlay run`" + ` returns the code of its program: 128 + the signal when one ended it, 126 when it cannot be
+started, 127 when there is none.`
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -86,7 +88,8 @@ plane turns YAML into xDS and issues identities, and nothing stands between two 
 		Example: `  inlay demo                                   five services, mutual TLS, a live table
   inlay dev --config ./mesh                    a mesh for this laptop
   inlay run --service cart -- ./cart           a program in it
-  inlay explain GET http://orders/v1/7 --from cart`,
+  inlay explain GET http://orders/v1/7 --from cart
+  sudo inlay run --ebpf --service billing --port 8080 -- ./billing     a program without the SDK`,
 		Args: func(c *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return nil
@@ -108,8 +111,8 @@ plane turns YAML into xDS and issues identities, and nothing stands between two 
 	cmd.CompletionOptions.HiddenDefaultCmd = true
 	cmd.AddCommand(
 		devCommand(), controlplaneCommand(), nodeCommand(), runCommand(),
-		demoCommand(), demoServiceCommand(),
-		getCommand(), statusCommand(), explainCommand(),
+		demoCommand(), demoServiceCommand(), demoLegacyCommand(),
+		getCommand(), statusCommand(), explainCommand(), observeCommand(),
 		validateCommand(), compileCommand(), bootstrapCommand(), versionCommand(),
 	)
 	return cmd

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/inlay-mesh/inlay/ebpf"
 )
 
 func TestReport(t *testing.T) {
@@ -118,6 +120,21 @@ func TestWrongCommandLines(t *testing.T) {
 		"run of no program":                    {[]string{"run", "--service", "a"}, "no program", exitUsage},
 		"node for nobody":                      {[]string{"node", "--allow", "me=cart"}, "want UID=SERVICE", exitUsage},
 		"a demo of no length":                  {[]string{"demo", "--for", "0s"}, "want more than 0", exitUsage},
+		"a flag of the agent without it":       {[]string{"node", "--cgroup", "x"}, "pass --ebpf too", exitUsage},
+		"the same in dev":                      {[]string{"dev", "--node-address", "10.0.0.1"}, "pass --ebpf too", exitUsage},
+		"a node address that is none":          {[]string{"node", "--ebpf", "--node-address", "node1"}, `--node-address "node1"`, exitUsage},
+		"a node address that is every one":     {[]string{"node", "--ebpf", "--node-address", "0.0.0.0"}, "other machines reach", exitUsage},
+		"a virtual range with bits behind":     {[]string{"dev", "--virtual-ipv4", "10.0.0.1/8"}, "want 10.0.0.0/8", exitUsage},
+		"a virtual range of the other family":  {[]string{"controlplane", "--virtual-ipv6", "10.0.0.0/8"}, "family", exitUsage},
+		"a virtual range that is none":         {[]string{"controlplane", "--virtual-ipv6", "x"}, "want a range of addresses", exitUsage},
+		"breakglass of something else":         {[]string{"node", "breakglass", "maybe"}, "want on, off, or nothing", exitUsage},
+		"a verb that node has not":             {[]string{"node", "prob"}, "want no argument", exitUsage},
+		"a resolver that is none":              {[]string{"node", "proxy", "--pin", "/x", "--upstream", "dns"}, `--upstream "dns"`, exitUsage},
+		"another user's without a cgroup":      {[]string{"run", "--service", "a", "--user", "root", "true"}, "pass --ebpf too", exitUsage},
+		"raw sockets without a cgroup":         {[]string{"run", "--service", "a", "--raw", "true"}, "pass --ebpf too", exitUsage},
+		"datagrams without a cgroup":           {[]string{"run", "--service", "a", "--port", "53/udp", "true"}, "pass --ebpf too", exitUsage},
+		"users of a mesh of one":               {[]string{"dev", "--config", ".", "--allow", "7=*"}, "pass --ebpf too", exitUsage},
+		"a demo with programs, of no length":   {[]string{"demo-legacy", "--for", "-1s"}, "want more than 0", exitUsage},
 		"nothing runs":                         {[]string{"status", "--run-dir", dir}, "start one with `inlay dev`", exitAbsent},
 		"nobody answers where --admin says":    {[]string{"status", "--admin", "127.0.0.1:1"}, "no control plane answers at 127.0.0.1:1", exitAbsent},
 		"a program that is not there":          {[]string{"run", "--service", "a", "--run-dir", dir, "no-such-program"}, "no-such-program", 127},
@@ -200,6 +217,30 @@ func TestPlaces(t *testing.T) {
 	}
 	if got := at("/x"); got != "/x<nil>" {
 		t.Errorf("%s, want what was asked for", got)
+	}
+	// A verb that asks takes the user's own mesh where one runs.
+	own := t.TempDir()
+	t.Setenv("XDG_RUNTIME_DIR", own)
+	if err := os.MkdirAll(own+"/inlay", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := placesOf(""); err != nil || p.inUse() && p.run != systemRun || !p.inUse() && p.run != own+"/inlay" {
+		t.Errorf("nothing runs: %v, %v", p, err)
+	}
+	if err := os.WriteFile(own+"/inlay/node.sock", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := placesOf(""); err != nil || p.run != own+"/inlay" {
+		t.Errorf("its own runs: %v, %v", p, err)
+	}
+	if p, err := placesFor("", true); err != nil || p.run != systemRun {
+		t.Errorf("with --ebpf: %v, %v", p, err)
+	}
+	if p, err := placesFor("/x", true); err != nil || p.run != "/x" {
+		t.Errorf("with --ebpf and a directory: %v, %v", p, err)
+	}
+	if p, err := placesAt("/x"); err != nil || p.flowsSocket() != "/x/"+ebpf.FlowsSocket || p.proxySocket() != "/x/"+ebpf.ProxySocket {
+		t.Errorf("sockets of the agent: %v, %v", p, err)
 	}
 }
 

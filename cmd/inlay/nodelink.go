@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"time"
@@ -26,6 +27,8 @@ type nodeLink struct {
 
 	mu        sync.Mutex
 	conn      *grpc.ClientConn
+	cgroup    string // that the node gave
+	local     netip.AddrPort
 	stream    grpc.BidiStreamingClient[nodepb.RunRequest, nodepb.RunResponse]
 	announced bool          // Listening was said and not taken back
 	drained   chan struct{} // not nil while a drain waits
@@ -39,7 +42,7 @@ func newNodeLink(socket string, reg registration) *nodeLink {
 // would only fail later and darker.
 func (l *nodeLink) start(ctx context.Context) (*nodepb.Started, error) {
 	if _, err := os.Stat(l.socket); err != nil {
-		return nil, &exitError{exitAbsent, fmt.Errorf("no node runs here (%s does not exist): start one with `inlay dev`, or pass its --run-dir", l.socket)}
+		return nil, &exitError{exitAbsent, fmt.Errorf("no node runs here (%s does not exist): start one with `%s`, or pass its --run-dir", l.socket, l.remedy())}
 	}
 	conn, err := grpc.NewClient("passthrough:///node", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
@@ -49,14 +52,21 @@ func (l *nodeLink) start(ctx context.Context) (*nodepb.Started, error) {
 		return nil, fmt.Errorf("node: %w", err)
 	}
 	l.conn = conn
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	patience := 10 * time.Second
+	if l.reg.managed != nil {
+		patience = 30 * time.Second // the node waits for the policies of the service, at most 20 s
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	started, err := l.open(ctx)
 	if err != nil {
 		_ = conn.Close()
+		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return nil, fmt.Errorf("the node at %s did not answer within %v: its own words are in its log", l.socket, patience)
+		}
 		switch s := status.Convert(err); s.Code() {
 		case codes.Unavailable:
-			return nil, &exitError{exitAbsent, fmt.Errorf("no node answers at %s: %s; start one with `inlay dev`", l.socket, s.Message())}
+			return nil, &exitError{exitAbsent, fmt.Errorf("no node answers at %s: %s; start one with `%s`", l.socket, s.Message(), l.remedy())}
 		default:
 			return nil, fmt.Errorf("the node refused service %q: %s", l.reg.service, s.Message())
 		}
@@ -73,6 +83,7 @@ func (l *nodeLink) open(ctx context.Context) (*nodepb.Started, error) {
 	if err == nil {
 		err = stream.Send(&nodepb.RunRequest{Kind: &nodepb.RunRequest_Start{Start: &nodepb.Start{
 			Namespace: l.reg.namespace, Service: l.reg.service, Version: l.reg.version, Labels: l.reg.labels, RunId: l.reg.runID,
+			Managed: l.managed(),
 		}}})
 	}
 	if err != nil && stream == nil {
@@ -91,16 +102,35 @@ func (l *nodeLink) open(ctx context.Context) (*nodepb.Started, error) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.stream = stream
+	l.stream, l.cgroup = stream, started.Cgroup
 	if l.announced {
 		err = stream.Send(l.listening())
 	}
 	return started, err
 }
 
+// remedy is how to start a node that this run can use.
+func (l *nodeLink) remedy() string {
+	if l.reg.managed != nil {
+		return "sudo inlay dev --ebpf"
+	}
+	return "inlay dev"
+}
+
+func (l *nodeLink) managed() *nodepb.Managed {
+	m := l.reg.managed
+	if m == nil {
+		return nil
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return &nodepb.Managed{Uid: m.account.uid, Cgroup: l.cgroup, RawSockets: m.raw}
+}
+
+// listening is said with mu held.
 func (l *nodeLink) listening() *nodepb.RunRequest {
 	return &nodepb.RunRequest{Kind: &nodepb.RunRequest_Listening{Listening: &nodepb.Listening{
-		Port: uint32(l.reg.port), Address: l.reg.local.String(),
+		Port: uint32(l.reg.port), Address: l.local.String(), Udp: l.reg.udp,
 	}}}
 }
 
@@ -146,6 +176,9 @@ func (l *nodeLink) receive() error {
 			switch {
 			case k.Registered.Replaced:
 				say(os.Stderr, "port %d: the program's own SDK has registered and takes this endpoint's place", l.reg.port)
+			case k.Registered.Unreachable != "" && l.reg.managed != nil:
+				// Programs without the SDK call the virtual address, and are no part of this.
+				say(os.Stderr, "port %d is registered, but no caller with the SDK will use it: %s", l.reg.port, k.Registered.Unreachable)
 			case k.Registered.Unreachable != "":
 				say(os.Stderr, "port %d is registered, but nobody will call it: %s", l.reg.port, k.Registered.Unreachable)
 			}
@@ -156,13 +189,20 @@ func (l *nodeLink) receive() error {
 }
 
 // announceWhenListening says where the program serves, once it does.
-func (l *nodeLink) announceWhenListening(ctx context.Context) {
-	if !listening(ctx, l.reg.local) {
+func (l *nodeLink) announceWhenListening(ctx context.Context, p program) {
+	local := l.reg.local
+	if l.reg.managed == nil {
+		if !listening(ctx, local) {
+			return
+		}
+	} else if at, ok := p.awaitListening(ctx, local.Port(), l.reg.udp); ok {
+		local = at
+	} else {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.announced = true
+	l.announced, l.local = true, local
 	_ = l.stream.Send(l.listening()) // a broken stream is opened again and says it then
 }
 

@@ -35,9 +35,43 @@ func placesAt(dir string) (places, error) {
 	return places{filepath.Join(home, ".inlay", "run")}, nil
 }
 
+// systemRun is where a mesh of root's lives: every user's programs must reach its sockets, and
+// root's home is closed to them.
+const systemRun = "/run/inlay"
+
+// placesFor is placesAt for a verb with --ebpf, whose own directory is the system's.
+func placesFor(dir string, ebpf bool) (places, error) {
+	if dir == "" && ebpf {
+		return places{systemRun}, nil
+	}
+	return placesAt(dir)
+}
+
+// placesOf finds the mesh that a verb asks about or joins: in dir, else in the user's own run
+// directory, else, where none runs, in the system's.
+func placesOf(dir string) (places, error) {
+	p, err := placesAt(dir)
+	if system := (places{systemRun}); err == nil && dir == "" && !p.inUse() && system.inUse() {
+		return system, nil
+	}
+	return p, err
+}
+
+// inUse says that a daemon runs here, or ran and was killed.
+func (p places) inUse() bool {
+	for _, path := range []string{p.nodeSocket(), p.xdsSocket(), filepath.Join(p.run, controlplane.StateFileName)} {
+		if _, err := os.Stat(path); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
 func (p places) xdsSocket() string      { return filepath.Join(p.run, "controlplane.sock") }
 func (p places) nodeSocket() string     { return filepath.Join(p.run, "node.sock") }
 func (p places) workloadSocket() string { return filepath.Join(p.run, "workload.sock") }
+func (p places) flowsSocket() string    { return filepath.Join(p.run, "flows.sock") }
+func (p places) proxySocket() string    { return filepath.Join(p.run, "dns.sock") }
 func (p places) devLock() string        { return filepath.Join(p.run, "dev.lock") }
 
 // defaultData is where state that outlives a reboot is kept: $XDG_DATA_HOME/inlay, else

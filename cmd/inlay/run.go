@@ -21,6 +21,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
+
+	"github.com/inlay-mesh/inlay/xds/meshpb/nodepb"
 )
 
 // runFlags are what `inlay run` was asked for.
@@ -30,6 +32,10 @@ type runFlags struct {
 	version string
 	labels  []string
 	port    string
+
+	ebpf bool   // a managed run
+	user string // that its program runs as
+	raw  bool   // raw sockets are granted
 }
 
 func runCommand() *cobra.Command {
@@ -41,10 +47,16 @@ func runCommand() *cobra.Command {
 		Long: `Run a program as a service of the mesh: every process below it gets the service's SPIFFE ID, and
 the environment tells the SDK where the mesh is. No root is needed. With --port a program without
 the SDK becomes an endpoint once it accepts connections there; an SDK that registers below it takes
-its place. Signals are forwarded, and the exit code is the program's own.`,
+its place. Signals are forwarded, and the exit code is the program's own.
+
+With --ebpf the program needs no SDK to be in the mesh: it is started inside a cgroup of its own, where
+the node's programs give it the mesh's names, policies and flow log. That needs root, and a node that
+was started with --ebpf; the program itself runs as --user, by default whoever called sudo.`,
 		Example: `  inlay run --service cart -- ./cart
   inlay run --service orders --version v2 -- go run ./cmd/orders
-  inlay run --service legacy --port 8080 -- python3 -m http.server 8080`,
+  inlay run --service legacy --port 8080 -- python3 -m http.server 8080
+  sudo inlay run --ebpf --service billing --port 80:8080 -- ./billing
+  sudo inlay run --ebpf --user nobody --service stats --port 8125/udp -- ./statsd`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return usageError(errors.New("no program: write it behind --, as in `inlay run --service cart -- ./cart`"))
@@ -58,7 +70,10 @@ its place. Signals are forwarded, and the exit code is the program's own.`,
 	cmd.Flags().StringVar(&f.service, "service", "", "NAME or NAME.NAMESPACE of the service")
 	cmd.Flags().StringVar(&f.version, "version", "", "version of this instance: its label \"version\"")
 	cmd.Flags().StringArrayVar(&f.labels, "label", nil, "KEY=VALUE label of this instance; may be repeated")
-	cmd.Flags().StringVar(&f.port, "port", "", "PORT of the service that a program without the SDK serves, or PORT:LOCALPORT")
+	cmd.Flags().StringVar(&f.port, "port", "", "PORT of the service that a program without the SDK serves, or PORT:LOCALPORT; /udp behind it with --ebpf")
+	cmd.Flags().BoolVar(&f.ebpf, "ebpf", false, "start the program in a cgroup that the node's eBPF programs manage (root)")
+	cmd.Flags().StringVar(&f.user, "user", "", "with --ebpf: NAME or number that the program runs as (default: the user of SUDO_UID)")
+	cmd.Flags().BoolVar(&f.raw, "raw", false, "with --ebpf: grant raw sockets, as ping needs them")
 	return cmd
 }
 
@@ -69,6 +84,14 @@ type registration struct {
 	runID                       string
 	port                        uint16 // of the service; 0: none
 	local                       netip.AddrPort
+	udp                         bool
+	managed                     *managedRun // nil without --ebpf
+}
+
+// managedRun is what --ebpf adds to a registration.
+type managedRun struct {
+	account account
+	raw     bool
 }
 
 func (f *runFlags) registration() (registration, error) {
@@ -95,15 +118,23 @@ func (f *runFlags) registration() (registration, error) {
 			return r, usageError(fmt.Errorf("--label %q: want no comma in it; --label may be repeated", k+"="+v))
 		}
 	}
+	if !f.ebpf && (f.user != "" || f.raw) {
+		return r, usageError(errors.New("--user and --raw are for programs in a cgroup of their own: pass --ebpf too"))
+	}
 	if f.port != "" {
-		service, local, split := strings.Cut(f.port, ":")
+		ports, udp := strings.CutSuffix(f.port, "/udp")
+		if udp && !f.ebpf {
+			return r, usageError(fmt.Errorf("--port %q: datagrams reach a program by its service's virtual address: pass --ebpf too", f.port))
+		}
+		r.udp = udp
+		service, local, split := strings.Cut(ports, ":")
 		if !split {
 			local = service
 		}
 		p, err1 := strconv.ParseUint(service, 10, 16)
 		l, err2 := strconv.ParseUint(local, 10, 16)
 		if err1 != nil || err2 != nil || p == 0 || l == 0 {
-			return r, usageError(fmt.Errorf("--port %q: want PORT or PORT:LOCALPORT, each 1 to 65535", f.port))
+			return r, usageError(fmt.Errorf("--port %q: want PORT or PORT:LOCALPORT, each 1 to 65535%s", f.port, udpHint(f.ebpf)))
 		}
 		r.port = uint16(p)
 		r.local = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(l))
@@ -114,12 +145,42 @@ func (f *runFlags) registration() (registration, error) {
 	return r, nil
 }
 
-func (f *runFlags) run(ctx context.Context, args []string) error {
-	reg, err := f.registration()
+func udpHint(ebpf bool) string {
+	if ebpf {
+		return ", with /udp behind it for datagrams"
+	}
+	return ""
+}
+
+// manage adds what --ebpf needs: root, and whose the program is to be.
+func (f *runFlags) manage(r *registration) error {
+	if !f.ebpf {
+		return nil
+	}
+	if err := needRoot("a program is started inside its cgroup by root alone"); err != nil {
+		return err
+	}
+	a, err := programAccount(f.user, os.Getenv)
 	if err != nil {
 		return err
 	}
-	p, err := placesAt(f.target.runDir)
+	r.managed = &managedRun{account: a, raw: f.raw}
+	return nil
+}
+
+func (f *runFlags) run(ctx context.Context, args []string) error {
+	reg, err := f.registration()
+	if err == nil {
+		err = f.manage(&reg)
+	}
+	if err != nil {
+		return err
+	}
+	find := placesOf
+	if f.ebpf {
+		find = func(dir string) (places, error) { return placesFor(dir, true) }
+	}
+	p, err := find(f.target.runDir)
 	if err != nil {
 		return err
 	}
@@ -147,17 +208,14 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 	go func() { defer close(linkDone); link.keep(linkCtx) }()
 	defer func() { cancel(); <-linkDone }()
 
-	child, err := os.StartProcess(path, args, &os.ProcAttr{
-		Env:   environment(os.Environ(), reg, started.WorkloadSocket, started.ControlPlane),
-		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
-	})
+	child, err := startProgram(path, args, reg, started)
 	if err != nil {
 		return &exitError{126, fmt.Errorf("start %s: %w", args[0], err)}
 	}
 	exited := make(chan syscall.WaitStatus, 1)
 	go reap(child.Pid, exited)
 	if reg.port != 0 {
-		go link.announceWhenListening(linkCtx)
+		go link.announceWhenListening(linkCtx, program{child.Pid, started.Cgroup})
 	}
 	for {
 		select {
@@ -173,6 +231,31 @@ func (f *runFlags) run(ctx context.Context, args []string) error {
 			return childExit(ws)
 		}
 	}
+}
+
+// startProgram starts the program; a managed one inside its cgroup, as its user.
+func startProgram(path string, args []string, reg registration, started *nodepb.Started) (*os.Process, error) {
+	attr := &os.ProcAttr{Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}}
+	base := os.Environ()
+	if m := reg.managed; m != nil {
+		if started.Cgroup == "" {
+			return nil, errors.New("the node gave no cgroup: is it of another version?")
+		}
+		cgroup, err := os.OpenFile(started.Cgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, fmt.Errorf("its cgroup: %w", err)
+		}
+		defer func() { _ = cgroup.Close() }()
+		// Born inside: a socket that a process made before it was moved keeps the old cgroup for ever
+		// (CLONE_INTO_CGROUP, clone3(2)).
+		attr.Sys = &syscall.SysProcAttr{
+			UseCgroupFD: true, CgroupFD: int(cgroup.Fd()),
+			Credential: &syscall.Credential{Uid: m.account.uid, Gid: m.account.gid, Groups: m.account.groups},
+		}
+		base = m.account.environment(base)
+	}
+	attr.Env = environment(base, reg, started.WorkloadSocket, started.ControlPlane)
+	return os.StartProcess(path, args, attr)
 }
 
 // forwarded are the signals a program may expect from whoever runs it.

@@ -25,6 +25,8 @@ func TestRegistration(t *testing.T) {
 			return r.port == 8080 && r.local == netip.MustParseAddrPort("127.0.0.1:8080")
 		}},
 		"another local port":      {runFlags{service: "cart", port: "80:8080"}, "", func(r registration) bool { return r.port == 80 && r.local.Port() == 8080 }},
+		"datagrams":               {runFlags{service: "dns", port: "53:5353/udp", ebpf: true}, "", func(r registration) bool { return r.udp && r.port == 53 && r.local.Port() == 5353 }},
+		"datagrams behind a word": {runFlags{service: "cart", port: "53/tcp", ebpf: true}, "with /udp behind it", nil},
 		"no service":              {runFlags{}, "--service is missing", nil},
 		"a wrong service":         {runFlags{service: "Cart"}, `service "Cart"`, nil},
 		"a label without value":   {runFlags{service: "cart", labels: []string{"zone"}}, `--label "zone": want KEY=VALUE`, nil},
