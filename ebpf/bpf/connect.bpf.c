@@ -52,7 +52,7 @@ static __always_inline int go(struct bpf_sock_addr *ctx, struct sk_state *s, str
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	int err;
 
-	s->flags &= ~(SK_VIP | SK_DNS | SK_TOLD | SK_OLD | SK_HINT | SK_DEAD | SK_FULL);
+	s->flags &= ~(SK_VIP | SK_DNS | SK_DNS_DENIED | SK_TOLD | SK_OLD | SK_HINT | SK_DEAD | SK_FULL);
 	s->proto = ctx->protocol;
 	s->dir = DIR_EGRESS;
 	s->verdict = VERDICT_NONE;
@@ -63,6 +63,10 @@ static __always_inline int go(struct bpf_sock_addr *ctx, struct sk_state *s, str
 		tell_refused(s, o, cookie, err);
 		return err;
 	}
+	if (o->flags & SK_DNS)
+		ask_resolver(s, o);
+	else if (ctx->protocol == IPPROTO_UDP)
+		ask_socket(ctx, o, s->netns);
 	err = ctx->protocol == IPPROTO_TCP ? judge_connect(s, o, cookie) : may_send(s, o, cookie);
 	if (err)
 		return err;
@@ -130,6 +134,7 @@ int connect6(struct bpf_sock_addr *ctx)
 {
 	struct outbound o = { .family = FAMILY_ANY };
 	struct sk_state *s = state_for(ctx);
+	struct addr mapped = {};
 	int err;
 
 	if (!s)
@@ -139,6 +144,12 @@ int connect6(struct bpf_sock_addr *ctx)
 	o.asked.addr.w[2] = CTX(ctx, user_ip6[2]);
 	o.asked.addr.w[3] = CTX(ctx, user_ip6[3]);
 	o.asked.port = ctx->user_port;
+	/* On a socket bound to IPv4 the kernel makes 127.0.0.1 of :: after this. */
+	mapped.w[0] = ctx->sk->src_ip6[0];
+	mapped.w[1] = ctx->sk->src_ip6[1];
+	mapped.w[2] = ctx->sk->src_ip6[2];
+	if (addr_is_v4(&mapped) && !(o.asked.addr.w[0] | o.asked.addr.w[1] | o.asked.addr.w[2] | o.asked.addr.w[3]))
+		addr_v4(&o.asked.addr, 0);
 	err = go(ctx, s, &o);
 	if (err) {
 		bpf_set_retval(-err);

@@ -48,7 +48,10 @@ GLOBAL int identify(const struct sk_state *s, struct datagram *d)
 		struct udp_key k = { .cookie = d->cookie, .addr = d->remote, .port = d->rport };
 		struct reverse *r = bpf_map_lookup_elem(&udp_reverse, &k);
 
-		d->peer = dialled(&at, s->netns, &hint);
+		if (s->peer && s->backend_port == d->rport && addr_equal(&s->backend, &d->remote))
+			d->peer = s->peer; /* as connect or sendmsg found out */
+		else
+			d->peer = dialled(&at, s->netns, &hint);
 		d->port = d->rport;
 		if (r) {
 			d->port = r->port;

@@ -23,7 +23,7 @@
 MAP(workloads, BPF_MAP_TYPE_HASH, __u64, struct workload, 16384, BPF_F_NO_PREALLOC);
 
 /* Service addresses: written by the agent, read by connect and sendmsg. */
-MAP(services, BPF_MAP_TYPE_HASH, struct svc_key, struct svc, 524288, BPF_F_NO_PREALLOC);
+MAP(services, BPF_MAP_TYPE_HASH, struct svc_key, struct svc, 1048576, BPF_F_NO_PREALLOC);
 MAP(slots, BPF_MAP_TYPE_HASH, struct slot_key, struct slot, 2097152, BPF_F_NO_PREALLOC);
 
 /* Identity of endpoints that are dialled by their own address: the agent; connect, sendmsg, skb. */

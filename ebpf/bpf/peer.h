@@ -137,9 +137,10 @@ GLOBAL int same_sender(struct tuple *t, __u64 was, __u32 hint)
 	return p ? p->identity == was : was < ID_FIRST || hint;
 }
 
-/* claim writes who makes a connection, for receivers in this namespace and in others; false when
- * a map is full. Two namespaces that make the same tuple at one time are told apart by nobody:
- * the receiver is then told that the maker is unknown.
+/* claim writes who makes a connection, for receivers in this namespace and in others: 0, ENOSPC when a
+ * map is full, EADDRINUSE when another socket of this namespace has made the same tuple and lives
+ * (they are bound to different devices). Two namespaces that make the same tuple at one time are
+ * told apart by nobody: the receiver is then told that the maker is unknown.
  */
 GLOBAL int claim(struct tuple *t, const struct peer *p)
 {
@@ -148,12 +149,21 @@ GLOBAL int claim(struct tuple *t, const struct peer *p)
 	long err;
 
 	if (!t || !p)
-		return false;
+		return EINVAL;
 	netns = t->netns;
-	if (bpf_map_update_elem(&peers, t, p, BPF_ANY))
-		return false;
+	err = bpf_map_update_elem(&peers, t, p, BPF_NOEXIST);
+	if (err == -EEXIST) {
+		had = bpf_map_lookup_elem(&peers, t);
+		if (had && had->cookie != p->cookie) {
+			count(COUNT_PEERS_CLASH);
+			return EADDRINUSE;
+		}
+		err = bpf_map_update_elem(&peers, t, p, BPF_ANY);
+	}
+	if (err)
+		return ENOSPC;
 	if (addr_is_loopback(&t->src))
-		return true;
+		return 0;
 	t->netns = 0;
 	err = bpf_map_update_elem(&peers, t, p, BPF_NOEXIST);
 	if (err == -EEXIST) {
@@ -167,7 +177,7 @@ GLOBAL int claim(struct tuple *t, const struct peer *p)
 		}
 	}
 	t->netns = netns;
-	return !err;
+	return err ? ENOSPC : 0;
 }
 
 /* disclaim takes away what claim wrote for this socket. */

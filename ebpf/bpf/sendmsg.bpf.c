@@ -37,11 +37,16 @@ static __always_inline int go(struct bpf_sock_addr *ctx, struct outbound *o)
 		tell_refused(s, o, cookie, err);
 		return err;
 	}
+	if (o->flags & SK_DNS)
+		ask_resolver(s, o);
+	else
+		ask_socket(ctx, o, s->netns);
 	err = may_send(s, o, cookie);
 	if (err)
 		return err;
 	s->proto = IPPROTO_UDP;
-	if (!(s->flags & (SK_VIP | SK_DNS))) { /* the last one: sock_release ends its exchange */
+	if (!s->start) { /* never connected; the last one: sock_release ends its exchange */
+		s->peer = o->peer;
 		s->backend = o->addr;
 		s->backend_port = o->port;
 	}

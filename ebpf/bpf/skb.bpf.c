@@ -241,7 +241,7 @@ GLOBAL int judge_datagram(struct sk_state *s, const struct packet *p, __u8 dir, 
 		struct reverse *r = bpf_map_lookup_elem(&udp_reverse, &k);
 		struct dns_client c = { .cgroup = s->cgroup };
 
-		if (r) {
+		if (r && !(r->flags & SK_DNS_DENIED)) {
 			c.addr = r->addr;
 			c.port = r->port;
 		}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0)
 /*
- * sock.bpf.c: birth and death of a socket. A raw socket could send what no other hook judges, so
- * workloads get none unless it is granted.
+ * sock.bpf.c: birth and death of a socket. A raw socket could send what no other hook judges, and of
+ * UDP-Lite, SCTP and DCCP policies say nothing: so workloads get none of these unless it is granted.
  *
  * Packet sockets (AF_PACKET) never come here: only the inet families call this hook, and no other
  * cgroup hook sees their creation, bind or packets. They need CAP_NET_RAW, so whoever starts a
@@ -13,6 +13,12 @@ char _license[] SEC("license") = "Dual BSD/GPL";
 
 #define SOCK_RAW 3
 
+static __always_inline bool judged(__u32 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP || protocol == IPPROTO_MPTCP ||
+	       protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6;
+}
+
 SEC("cgroup/sock_create")
 int sock_create(struct bpf_sock *ctx)
 {
@@ -22,7 +28,7 @@ int sock_create(struct bpf_sock *ctx)
 
 	if (!cgroup)
 		return 1;
-	if (ctx->type == SOCK_RAW) {
+	if (ctx->type == SOCK_RAW || !judged(ctx->protocol)) {
 		w = bpf_map_lookup_elem(&workloads, &cgroup);
 		if (w && !(w->flags & WORKLOAD_RAW)) {
 			count(COUNT_RAW_REFUSED);

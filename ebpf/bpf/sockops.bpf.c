@@ -73,8 +73,12 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx)
 	read_ends(ctx, &e);
 	if (s->flags & SK_DNS) {
 		struct svc_key from = { .addr = e.local, .port = e.lport, .proto = IPPROTO_TCP };
-		struct dns_client c = { .addr = s->vip, .port = s->vip_port, .cgroup = s->cgroup };
+		struct dns_client c = { .cgroup = s->cgroup };
 
+		if (!(s->flags & SK_DNS_DENIED)) {
+			c.addr = s->vip;
+			c.port = s->vip_port;
+		}
 		bpf_map_update_elem(&dns_clients, &from, &c, BPF_ANY);
 	}
 	{
@@ -86,13 +90,19 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx)
 			.cookie = bpf_get_socket_cookie(ctx), .netns = s->netns,
 		};
 
-		if (!claim(&t, &me)) {
+		int err = claim(&t, &me);
+
+		if (err) {
 			/* The receiver would take it for another's. The SYN must not leave. */
-			struct outcome o = { .verdict = VERDICT_DENY, .err = ETIMEDOUT, .flags = FLOW_FULL };
+			struct outcome o = { .verdict = VERDICT_DENY, .err = ETIMEDOUT, .flags = FLOW_CLASH };
 			struct event *ev;
 
-			count(COUNT_PEERS_FULL);
-			s->flags |= SK_DEAD | SK_FULL;
+			s->flags |= SK_DEAD;
+			if (err == ENOSPC) {
+				count(COUNT_PEERS_FULL);
+				o.flags = FLOW_FULL;
+				s->flags |= SK_FULL;
+			}
 			s->verdict = VERDICT_DENY;
 			ev = record_verdict(&o, DIR_EGRESS);
 			if (ev) {

@@ -55,7 +55,8 @@ struct svc_key {
 _Static_assert(sizeof(struct svc_key) == 20, "svc_key is shared with Go");
 
 /* struct svc: what a service address leads to: slots (id, gen, 0..slots-1). A new set of
- * endpoints is written under another gen, then this one value is replaced.
+ * endpoints is written under another gen, then this one value is replaced. Under port 0 and proto 0
+ * of each virtual address there is one without slots: it answers for the ports that no service has.
  */
 struct svc {
 	__u32 id;
@@ -248,7 +249,7 @@ struct udp_flow {
 struct reverse {
 	struct addr addr;
 	__be16 port;
-	__u16  pad;
+	__u16  flags;	/* SK_DNS_DENIED */
 };
 
 /* struct dns_proxy: where the node's DNS proxy listens in a network namespace, under the
@@ -265,7 +266,7 @@ struct dns_proxy {
 
 /* struct dns_client: who asks the proxy from this address, and whom it meant to ask. */
 struct dns_client {
-	struct addr addr;	/* of the resolver that was asked */
+	struct addr addr;	/* of the resolver that was asked; all 0: one that policy denies */
 	__be16 port;
 	__u16  pad;
 	__u32  pad2;
@@ -322,6 +323,7 @@ enum sk_flag {
 	SK_TOLD = 128,	/* its last record was made */
 	SK_LISTENS = 256, /* counted in listeners */
 	SK_FULL = 512,	/* dead because a map was full */
+	SK_DNS_DENIED = 1024, /* with SK_DNS: policy denies the resolver; the node's own are asked */
 };
 
 /* Kinds of records in the ring buffer. */
@@ -334,6 +336,8 @@ enum flow_flag {
 	FLOW_CLOSED = 8,	/* the subject's policies found no room */
 	FLOW_FULL = 16,	/* a map was full, so it was refused */
 	FLOW_ENDED = 32,	/* the socket of this datagram exchange is closed */
+	FLOW_NO_PORT = 64,	/* refused: the service has no such port */
+	FLOW_CLASH = 128,	/* refused: another socket has made the same connection and lives */
 };
 
 /* struct event: one record of the ring buffer. */
@@ -391,7 +395,7 @@ enum counter {
 	COUNT_RAW_REFUSED,
 	COUNT_NO_ENDPOINT,
 	COUNT_PEERS_FULL,	/* a connection whose maker found no room: it will be unknown */
-	COUNT_PEERS_CLASH,	/* one tuple made in two namespaces */
+	COUNT_PEERS_CLASH,	/* one tuple made twice: by two namespaces, or by sockets of two devices */
 	COUNT_DNS_REDIRECTED,
 	COUNT_DNS_PASSED,	/* let through for want of a live proxy */
 	COUNT_DESTROYED,	/* sockets ended by policy or with their endpoint */

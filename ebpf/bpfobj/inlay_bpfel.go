@@ -140,12 +140,14 @@ const (
 type InlayFlowFlag uint32
 
 const (
-	InlayFlowFlagFLOW_HINT   InlayFlowFlag = 1
-	InlayFlowFlagFLOW_RESET  InlayFlowFlag = 2
-	InlayFlowFlagFLOW_OLD    InlayFlowFlag = 4
-	InlayFlowFlagFLOW_CLOSED InlayFlowFlag = 8
-	InlayFlowFlagFLOW_FULL   InlayFlowFlag = 16
-	InlayFlowFlagFLOW_ENDED  InlayFlowFlag = 32
+	InlayFlowFlagFLOW_HINT    InlayFlowFlag = 1
+	InlayFlowFlagFLOW_RESET   InlayFlowFlag = 2
+	InlayFlowFlagFLOW_OLD     InlayFlowFlag = 4
+	InlayFlowFlagFLOW_CLOSED  InlayFlowFlag = 8
+	InlayFlowFlagFLOW_FULL    InlayFlowFlag = 16
+	InlayFlowFlagFLOW_ENDED   InlayFlowFlag = 32
+	InlayFlowFlagFLOW_NO_PORT InlayFlowFlag = 64
+	InlayFlowFlagFLOW_CLASH   InlayFlowFlag = 128
 )
 
 type InlayGoneKey struct {
@@ -246,10 +248,10 @@ type InlayPortSet struct {
 }
 
 type InlayReverse struct {
-	_    structs.HostLayout
-	Addr InlayAddr
-	Port uint16
-	Pad  uint16
+	_     structs.HostLayout
+	Addr  InlayAddr
+	Port  uint16
+	Flags uint16
 }
 
 type InlaySeg struct {
@@ -273,16 +275,17 @@ type InlaySettings struct {
 type InlaySkFlag uint32
 
 const (
-	InlaySkFlagSK_MANAGED InlaySkFlag = 1
-	InlaySkFlagSK_VIP     InlaySkFlag = 2
-	InlaySkFlagSK_DNS     InlaySkFlag = 4
-	InlaySkFlagSK_TRACKED InlaySkFlag = 8
-	InlaySkFlagSK_DEAD    InlaySkFlag = 16
-	InlaySkFlagSK_OLD     InlaySkFlag = 32
-	InlaySkFlagSK_HINT    InlaySkFlag = 64
-	InlaySkFlagSK_TOLD    InlaySkFlag = 128
-	InlaySkFlagSK_LISTENS InlaySkFlag = 256
-	InlaySkFlagSK_FULL    InlaySkFlag = 512
+	InlaySkFlagSK_MANAGED    InlaySkFlag = 1
+	InlaySkFlagSK_VIP        InlaySkFlag = 2
+	InlaySkFlagSK_DNS        InlaySkFlag = 4
+	InlaySkFlagSK_TRACKED    InlaySkFlag = 8
+	InlaySkFlagSK_DEAD       InlaySkFlag = 16
+	InlaySkFlagSK_OLD        InlaySkFlag = 32
+	InlaySkFlagSK_HINT       InlaySkFlag = 64
+	InlaySkFlagSK_TOLD       InlaySkFlag = 128
+	InlaySkFlagSK_LISTENS    InlaySkFlag = 256
+	InlaySkFlagSK_FULL       InlaySkFlag = 512
+	InlaySkFlagSK_DNS_DENIED InlaySkFlag = 1024
 )
 
 type InlaySkState struct {

@@ -240,3 +240,39 @@ func TestRawSocketsNeedAGrant(t *testing.T) {
 	}
 	k.stranger("stranger", false).must(order{Op: "socket", Domain: unix.AF_INET, Type: unix.SOCK_RAW, Proto: unix.IPPROTO_ICMP})
 }
+
+// TestPortThatNoServiceHas: a virtual address leads nowhere but to the ports of its service.
+func TestPortThatNoServiceHas(t *testing.T) {
+	k := newKit(t, settings{})
+	client, server := k.workload("client", billing, false), k.workload("server", orders, false)
+	_, where := server.listen(unix.AF_INET, "127.0.0.1:0")
+	k.service(at(vip4, 80), where, unix.IPPROTO_TCP, orders)
+	for _, a := range []netip.Addr{vip4, vip6} {
+		k.put("services", svcKey(at(a, 0), 0), bpfobj.InlaySvc{})
+	}
+	for name, tc := range map[string]struct {
+		domain, kind int
+		to           netip.AddrPort
+	}{
+		"another port":           {unix.AF_INET, unix.SOCK_STREAM, at(vip4, 81)},
+		"another port, IPv6":     {unix.AF_INET6, unix.SOCK_STREAM, at(vip6, 81)},
+		"another port, mapped":   {unix.AF_INET6, unix.SOCK_STREAM, at(v6(vip4), 81)},
+		"the port, by datagrams": {unix.AF_INET, unix.SOCK_DGRAM, at(vip4, 80)},
+		"port 0":                 {unix.AF_INET, unix.SOCK_STREAM, at(vip4, 0)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			fd := client.socket(tc.domain, tc.kind)
+			if errno := client.try(order{Op: "connect", FD: fd, Addr: tc.to}).Errno; errno != syscall.ECONNREFUSED {
+				t.Errorf("%v, want ECONNREFUSED", errno)
+			}
+			e := k.event("the refusal", func(e bpfobj.InlayEvent) bool { return e.Kind == deniedKind })
+			if e.Err != uint16(syscall.ECONNREFUSED) || bpfobj.InlayFlowFlag(e.Flags) != bpfobj.InlayFlowFlagFLOW_NO_PORT || e.Vip != addr(tc.to.Addr()) {
+				t.Errorf("record: %+v", e)
+			}
+			client.must(order{Op: "close", FD: fd})
+		})
+	}
+	if _, errno := client.dial(unix.AF_INET, unix.SOCK_STREAM, at(vip4, 80)); errno != 0 {
+		t.Errorf("the port it has: %v", errno)
+	}
+}

@@ -42,17 +42,7 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 			Addr6: addr(netip.MustParseAddr("::1")), Port6: be16(port), Heartbeat: monotonic(t) - age,
 		})
 	}
-	// No policy stands between a workload and its names.
-	k.policy(billing, egress, other, unix.IPPROTO_TCP, 1, 1, bpfobj.InlaySeg{Action: allow})
-
-	for name, tc := range map[string]struct {
-		domain   int
-		resolver string
-	}{
-		"IPv4": {unix.AF_INET, "192.0.2.53:53"}, "IPv6": {unix.AF_INET6, "[2001:db8::53]:53"},
-		"mapped": {unix.AF_INET6, "[::ffff:192.0.2.53]:53"}, "the resolver of systemd": {unix.AF_INET, "127.0.0.53:53"},
-	} {
-		resolver := netip.MustParseAddrPort(tc.resolver)
+	run := func(name string, domain int, resolver netip.AddrPort, told netip.AddrPort) {
 		asker := func(t *testing.T, proto uint8, from netip.AddrPort) {
 			t.Helper()
 			if from.Addr().Is4In6() {
@@ -62,14 +52,18 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 			if err := k.maps["dns_clients"].Lookup(svcKey(from, proto), &c); err != nil {
 				t.Fatalf("who asks from %v: %v", from, err)
 			}
-			if c.Cgroup != client.cgroup || c.Addr != addr(resolver.Addr()) || c.Port != be16(53) {
-				t.Errorf("who asks from %v: %+v", from, c)
+			want := bpfobj.InlayDnsClient{Cgroup: client.cgroup}
+			if told.IsValid() {
+				want.Addr, want.Port = addr(told.Addr()), be16(told.Port())
+			}
+			if c != want {
+				t.Errorf("who asks from %v: %+v, want %+v", from, c, want)
 			}
 		}
 		for _, connected := range []bool{true, false} {
 			t.Run(name+", UDP", func(t *testing.T) {
 				beat(0)
-				fd := client.socket(tc.domain, unix.SOCK_DGRAM)
+				fd := client.socket(domain, unix.SOCK_DGRAM)
 				if connected {
 					client.must(order{Op: "connect", FD: fd, Addr: resolver})
 					client.must(order{Op: "send", FD: fd, Data: []byte("?")})
@@ -87,7 +81,7 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 		}
 		t.Run(name+", TCP", func(t *testing.T) {
 			beat(0)
-			fd, errno := client.dial(tc.domain, unix.SOCK_STREAM, resolver)
+			fd, errno := client.dial(domain, unix.SOCK_STREAM, resolver)
 			if errno != 0 {
 				t.Fatal(errno)
 			}
@@ -100,7 +94,33 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 			proxy.must(order{Op: "close", FD: conn.FD})
 		})
 	}
+	for name, tc := range map[string]struct {
+		domain   int
+		resolver string
+	}{
+		"IPv4": {unix.AF_INET, "192.0.2.53:53"}, "IPv6": {unix.AF_INET6, "[2001:db8::53]:53"},
+		"mapped": {unix.AF_INET6, "[::ffff:192.0.2.53]:53"}, "the resolver of systemd": {unix.AF_INET, "127.0.0.53:53"},
+	} {
+		resolver := netip.MustParseAddrPort(tc.resolver)
+		run(name, tc.domain, resolver, resolver)
+	}
+	// No policy stands between a workload and its names; but the proxy, which has the rights of the node,
+	// does not go for it where it may not go itself.
+	k.policy(billing, egress, other, unix.IPPROTO_TCP, 1, 1, bpfobj.InlaySeg{Action: allow})
+	run("denied, IPv4", unix.AF_INET, netip.MustParseAddrPort("192.0.2.53:53"), netip.AddrPort{})
+	run("denied, IPv6", unix.AF_INET6, netip.MustParseAddrPort("[2001:db8::53]:53"), netip.AddrPort{})
 
+	t.Run("a service on port 53 is a service", func(t *testing.T) {
+		fd := proxy.socket(unix.AF_INET, unix.SOCK_DGRAM)
+		proxy.must(order{Op: "bind", FD: fd, Addr: netip.MustParseAddrPort("127.0.0.1:0")})
+		where := proxy.must(order{Op: "sockname", FD: fd}).Addr
+		k.put("subjects", uint64(billing), bpfobj.InlaySubject{Gen: 78})
+		k.service(at(vip4, 53), where, unix.IPPROTO_UDP, orders)
+		beat(0)
+		ask := client.socket(unix.AF_INET, unix.SOCK_DGRAM)
+		client.must(order{Op: "sendto", FD: ask, Addr: at(vip4, 53), Data: []byte("?")})
+		proxy.must(order{Op: "recvfrom", FD: fd})
+	})
 	t.Run("a proxy that died is passed by", func(t *testing.T) {
 		k.put("subjects", uint64(billing), bpfobj.InlaySubject{Gen: 77})
 		real := proxy.socket(unix.AF_INET, unix.SOCK_DGRAM)

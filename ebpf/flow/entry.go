@@ -38,7 +38,9 @@ const (
 	reasonTimeout       = "timeout"        // the far end stopped to answer
 	reasonDenied        = "denied"         // a rule denied it, or would have (verdict audited)
 	reasonNoEndpoint    = "no_endpoint"    // the service has no endpoint that may be called
+	reasonNoPort        = "no_port"        // the service has no such port
 	reasonPolicyFull    = "policy_full"    // the policies of the workload found no room in the maps
+	reasonAddressInUse  = "address_in_use" // another socket has made the same connection and lives
 	reasonMapFull       = "map_full"       // a map that had to remember the connection was full
 )
 
@@ -158,8 +160,12 @@ func reason(e bpfobj.InlayEvent) string {
 		switch {
 		case has(bpfobj.InlayFlowFlagFLOW_FULL):
 			return reasonMapFull
+		case has(bpfobj.InlayFlowFlagFLOW_CLASH):
+			return reasonAddressInUse
 		case has(bpfobj.InlayFlowFlagFLOW_CLOSED):
 			return reasonPolicyFull
+		case has(bpfobj.InlayFlowFlagFLOW_NO_PORT):
+			return reasonNoPort
 		// A service address without endpoints is refused before any policy is asked.
 		case e.Kind == kindDenied && e.Verdict != verdictDeny && e.Vip != (bpfobj.InlayAddr{}):
 			return reasonNoEndpoint

@@ -165,6 +165,18 @@ func TestRecordBecomesFlow(t *testing.T) {
 				f.To.Identity, f.To.Address = 0, ""
 			},
 		},
+		"a port that the service does not have": {
+			func(e *bpfobj.InlayEvent) {
+				e.Kind, e.Verdict, e.Err, e.Rule, e.Peer = uint8(bpfobj.InlayEventKindEVENT_DENIED), uint8(bpfobj.InlayVerdictVERDICT_NONE), 111, 0, 0
+				e.Remote, e.RemotePort = bpfobj.InlayAddr{}, 0
+				e.Flags = uint8(bpfobj.InlayFlowFlagFLOW_NO_PORT)
+			},
+			func(f *nodepb.Flow) {
+				f.Kind, f.Verdict, f.Reason, f.Errno = "denied", "denied", "no_port", 111
+				f.Policy, f.Rule, f.Source = "", "", ""
+				f.To.Identity, f.To.Address = 0, ""
+			},
+		},
 		"a connection that a new deny ended": {
 			func(e *bpfobj.InlayEvent) { e.Verdict = uint8(bpfobj.InlayVerdictVERDICT_DENY) },
 			func(f *nodepb.Flow) { f.Verdict, f.Reason = "denied", "denied" },

@@ -141,7 +141,7 @@ func TestMapSizes(t *testing.T) {
 		}
 	}
 	specs, err := mapSpecs(map[string]uint32{"slots": 77})
-	if err != nil || specs["slots"].MaxEntries != 77 || specs["services"].MaxEntries != 524288 {
+	if err != nil || specs["slots"].MaxEntries != 77 || specs["services"].MaxEntries != 1048576 {
 		t.Errorf("mapSpecs: %v, slots %v, services %v", err, specs["slots"], specs["services"])
 	}
 }

@@ -76,6 +76,9 @@ func (t *Table) fail(m, what string, entries, capacity int, err error) {
 func describe(key any) string {
 	switch k := key.(type) {
 	case bpfobj.InlaySvcKey:
+		if k.Proto == 0 {
+			return "the other ports of " + netip.AddrFrom16(k.Addr.B).Unmap().String()
+		}
 		return fmt.Sprintf("%s %s", protoName(k.Proto), addrPort(k.Addr, k.Port))
 	case bpfobj.InlayAddr:
 		return netip.AddrFrom16(k.B).Unmap().String()

@@ -256,7 +256,7 @@ func TestServiceAddressAlwaysLeadsSomewhere(t *testing.T) {
 					t.Fatalf("%s: slot %d of %d is missing", describe(k), i, v.Slots)
 				}
 			}
-			if v.Slots == 0 {
+			if k.Proto != 0 && v.Slots == 0 {
 				t.Fatalf("%s leads nowhere", describe(k))
 			}
 		}

@@ -92,6 +92,12 @@ func compileService(s *nodepb.Service) (*service, error) {
 			out.addresses = append(out.addresses, address{key: svcKey(v6, uint16(p.GetPort()), proto), slots: balance6(eps)})
 		}
 	}
+	// What no port is of is refused there, and does not leave the machine (types.h, struct svc).
+	for _, a := range []netip.Addr{v4, v6} {
+		if a.IsValid() {
+			out.addresses = append(out.addresses, address{key: svcKey(a, 0, 0)})
+		}
+	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}

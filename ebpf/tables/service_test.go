@@ -357,6 +357,28 @@ func TestVirtualAddressOfTwoServices(t *testing.T) {
 	n.check(t, table)
 }
 
+// Each virtual address has one entry for the ports that its service does not have: refused there, and
+// told under the name of the service.
+func TestOtherPortsOfAVirtualAddress(t *testing.T) {
+	n := newNode(1000, nil)
+	table := memoryTable(t, n)
+	set(t, table, svc("a", vips, ep("10.0.0.1:80")))
+	commit(t, table)
+	for _, a := range vips {
+		at := netip.MustParseAddr(a)
+		if v, ok := n.services.m[svcKey(at, 0, 0)]; !ok || v.Slots != 0 {
+			t.Errorf("%s: %+v, %v: want one without slots", a, v, ok)
+		}
+		if name, port, ok := table.ServiceAt(netip.AddrPortFrom(at, 4711), TCP); name != "a.shop" || port != 4711 || !ok {
+			t.Errorf("%s, port 4711: %q, %d, %v", a, name, port, ok)
+		}
+	}
+	table.DeleteService("shop/a")
+	if commit(t, table); len(n.services.m) != 0 {
+		t.Errorf("left: %v", n.services.m)
+	}
+}
+
 // A change touches the entries of what changed, whatever else there is, and keeps the id of the
 // service address, so that choices by hash stay.
 func TestChangeWritesOnlyItsEntries(t *testing.T) {

@@ -359,7 +359,7 @@ func (t *Table) Rule(n uint32) (Rule, bool) {
 }
 
 // ServiceAt is the service, as NAME.NAMESPACE, and its port whose virtual address or endpoint this
-// is.
+// is; at a virtual address also a port that the service does not have.
 func (t *Table) ServiceAt(addr netip.AddrPort, proto uint8) (name string, port uint16, ok bool) {
 	if !addr.IsValid() {
 		return "", 0, false
@@ -372,6 +372,9 @@ func (t *Table) ServiceAt(addr netip.AddrPort, proto uint8) (name string, port u
 	}
 	if c := t.dialled[k]; len(c) == 1 {
 		return c[0].owner.host, c[0].v.port, true
+	}
+	if c := t.claimed[svcKey(addr.Addr(), 0, 0)]; len(c) > 0 {
+		return c[0].owner.host, addr.Port(), true
 	}
 	return "", 0, false
 }
