@@ -87,8 +87,9 @@ tidy: ## go mod tidy in every module
 	for m in $(MODULES) tools; do (cd $$m && go mod tidy); done
 
 .PHONY: bench
-bench: ## The cost of the SDK beside plain grpc-go and net/http, as ratios (interop/bench)
+bench: ## The cost of the SDK beside plain grpc-go and net/http, of connect() beside iptables, as ratios (interop/bench)
 	cd interop && go test ./bench -v -count=1 -args -rounds=31 -round=200ms
+	cd interop && go test ./bench/connect -v -count=1 -args -rounds=15
 
 .PHONY: clean
 clean: ## Remove what was built
