@@ -37,7 +37,7 @@ type agentFlags struct {
 }
 
 func (f *agentFlags) flags(c *cobra.Command) {
-	c.Flags().BoolVar(&f.ebpf, "ebpf", false, "run the node agent too: eBPF programs for `inlay run --ebpf` (root)")
+	c.Flags().BoolVar(&f.ebpf, "ebpf", false, "run the node agent too: programs in the kernel for what inlay run --ebpf starts (root)")
 	c.Flags().StringVar(&f.cgroup, "cgroup", "", "with --ebpf: the managed cgroup, a path below the cgroup2 mount or a name relative to it (default inlay)")
 	c.Flags().StringArrayVar(&f.nodeAddresses, "node-address", nil, "with --ebpf: IP that other nodes know this machine by; may be repeated, the first is called (default: loopback only)")
 	c.Flags().StringVar(&f.metrics, "metrics-addr", "127.0.0.1:15090", "with --ebpf: Prometheus metrics, loopback only; off: none")
