@@ -52,13 +52,24 @@ static __always_inline int go(struct bpf_sock_addr *ctx, struct sk_state *s, str
 	__u64 cookie = bpf_get_socket_cookie(ctx);
 	int err;
 
-	s->flags &= ~(SK_VIP | SK_DNS | SK_DNS_DENIED | SK_TOLD | SK_OLD | SK_HINT | SK_DEAD | SK_FULL);
+	s->flags &= ~(SK_VIP | SK_DNS | SK_DNS_DENIED | SK_NO_PORT | SK_TOLD | SK_OLD | SK_HINT | SK_DEAD | SK_FULL);
 	s->proto = ctx->protocol;
 	s->dir = DIR_EGRESS;
 	s->verdict = VERDICT_NONE;
 	o->asked.proto = ctx->protocol;
 
 	err = find_way(o, s->netns);
+	if (err && o->refusal && ctx->protocol == IPPROTO_UDP) {
+		/* Resolvers sort addresses by connecting datagram sockets to them, whatever the port, and send
+		 * nothing (RFC 6724, 10.1 for getaddrinfo): skb.bpf.c refuses what is sent.
+		 */
+		s->flags |= SK_NO_PORT;
+		s->start = bpf_ktime_get_ns();
+		s->peer = ID_UNKNOWN;
+		s->vip = o->asked.addr;
+		s->vip_port = o->asked.port;
+		return 0;
+	}
 	if (err) {
 		tell_refused(s, o, cookie, err);
 		return err;

@@ -241,7 +241,7 @@ static __always_inline bool round_udp(struct sock *sk)
 	struct sk_state *s;
 
 	s = adopt(sk, &fresh);
-	if (!s || !sk->__sk_common.skc_dport)
+	if (!s || !sk->__sk_common.skc_dport || s->flags & SK_NO_PORT)
 		return false;
 	if (fresh) {
 		s->flags |= SK_OLD;

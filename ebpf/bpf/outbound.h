@@ -75,7 +75,6 @@ GLOBAL int find_way(struct outbound *o, __u64 netns)
 	addr_specific(&o->addr);
 	at.addr = o->addr;
 	if (o->asked.port != DNS_PORT && bpf_map_lookup_elem(&services, &at)) {
-		count(COUNT_NO_ENDPOINT);
 		o->refusal = FLOW_NO_PORT;
 		return ECONNREFUSED;
 	}
@@ -161,8 +160,11 @@ static __always_inline void ask_socket(struct bpf_sock_addr *ctx, struct outboun
 /* tell_refused makes the record of a service without endpoint, or port: no rule refused it. */
 static __always_inline void tell_refused(const struct sk_state *s, const struct outbound *o, __u64 cookie, int err)
 {
-	struct event *e = record(EVENT_DENIED);
+	struct event *e;
 
+	if (o->refusal)
+		count(COUNT_NO_PORT);
+	e = record(EVENT_DENIED);
 	if (!e)
 		return;
 	e->cgroup = s->cgroup;

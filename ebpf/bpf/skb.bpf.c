@@ -258,6 +258,38 @@ GLOBAL int judge_datagram(struct sk_state *s, const struct packet *p, __u8 dir, 
 	return PASS;
 }
 
+/* leads_nowhere reports whether a datagram is for a port that the service does not have, and tells the
+ * first one: connect let the socket be.
+ */
+GLOBAL int leads_nowhere(struct sk_state *s, const struct packet *p, __u64 cookie)
+{
+	struct event *e;
+
+	if (!s || !p || p->proto != IPPROTO_UDP || p->dport != s->vip_port || !addr_equal(&p->dst, &s->vip))
+		return false;
+	if (s->flags & SK_TOLD)
+		return true;
+	s->flags |= SK_TOLD;
+	count(COUNT_NO_PORT);
+	e = record(EVENT_DENIED);
+	if (!e)
+		return true;
+	e->cgroup = s->cgroup;
+	e->identity = s->identity;
+	e->cookie = cookie;
+	e->local = p->src;
+	e->local_port = p->sport;
+	e->vip = s->vip;
+	e->vip_port = s->vip_port;
+	e->err = EPERM; /* what a dropped datagram gives its sender */
+	e->dir = DIR_EGRESS;
+	e->proto = IPPROTO_UDP;
+	e->verdict = VERDICT_NONE;
+	e->flags = FLOW_NO_PORT;
+	bpf_ringbuf_submit(e, 0);
+	return true;
+}
+
 static __always_inline int judge_packet(struct __sk_buff *ctx, __u8 dir)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -295,6 +327,8 @@ static __always_inline int judge_packet(struct __sk_buff *ctx, __u8 dir)
 		s->flags |= SK_MANAGED;
 	}
 	if (!read_packet(ctx, &p))
+		return DROP;
+	if (s->flags & SK_NO_PORT && dir == DIR_EGRESS && leads_nowhere(s, &p, bpf_get_socket_cookie(ctx)))
 		return DROP;
 	if (!tcp)
 		return always_passes(&p) ? PASS : BOOL(judge_datagram(s, &p, dir, bpf_get_socket_cookie(ctx)));

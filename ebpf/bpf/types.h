@@ -324,6 +324,7 @@ enum sk_flag {
 	SK_LISTENS = 256, /* counted in listeners */
 	SK_FULL = 512,	/* dead because a map was full */
 	SK_DNS_DENIED = 1024, /* with SK_DNS: policy denies the resolver; the node's own are asked */
+	SK_NO_PORT = 2048, /* datagram socket at a port that the service vip does not have: nothing leaves */
 };
 
 /* Kinds of records in the ring buffer. */
@@ -400,6 +401,7 @@ enum counter {
 	COUNT_DNS_PASSED,	/* let through for want of a live proxy */
 	COUNT_DESTROYED,	/* sockets ended by policy or with their endpoint */
 	COUNT_RETRANSMITS,
+	COUNT_NO_PORT,
 	COUNT_MAX = 32,
 };
 

@@ -53,6 +53,7 @@ const (
 	InlayCounterCOUNT_DNS_PASSED     InlayCounter = 10
 	InlayCounterCOUNT_DESTROYED      InlayCounter = 11
 	InlayCounterCOUNT_RETRANSMITS    InlayCounter = 12
+	InlayCounterCOUNT_NO_PORT        InlayCounter = 13
 	InlayCounterCOUNT_MAX            InlayCounter = 32
 )
 
@@ -286,6 +287,7 @@ const (
 	InlaySkFlagSK_LISTENS    InlaySkFlag = 256
 	InlaySkFlagSK_FULL       InlaySkFlag = 512
 	InlaySkFlagSK_DNS_DENIED InlaySkFlag = 1024
+	InlaySkFlagSK_NO_PORT    InlaySkFlag = 2048
 )
 
 type InlaySkState struct {

@@ -254,15 +254,20 @@ func TestPortThatNoServiceHas(t *testing.T) {
 		domain, kind int
 		to           netip.AddrPort
 	}{
-		"another port":           {unix.AF_INET, unix.SOCK_STREAM, at(vip4, 81)},
-		"another port, IPv6":     {unix.AF_INET6, unix.SOCK_STREAM, at(vip6, 81)},
-		"another port, mapped":   {unix.AF_INET6, unix.SOCK_STREAM, at(v6(vip4), 81)},
-		"the port, by datagrams": {unix.AF_INET, unix.SOCK_DGRAM, at(vip4, 80)},
-		"port 0":                 {unix.AF_INET, unix.SOCK_STREAM, at(vip4, 0)},
+		"another port":               {unix.AF_INET, unix.SOCK_STREAM, at(vip4, 81)},
+		"another port, IPv6":         {unix.AF_INET6, unix.SOCK_STREAM, at(vip6, 81)},
+		"another port, mapped":       {unix.AF_INET6, unix.SOCK_STREAM, at(v6(vip4), 81)},
+		"the port, by datagrams":     {unix.AF_INET, unix.SOCK_DGRAM, at(vip4, 80)},
+		"another port, by datagrams": {unix.AF_INET6, unix.SOCK_DGRAM, at(vip6, 9)},
+		"port 0":                     {unix.AF_INET, unix.SOCK_STREAM, at(vip4, 0)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			fd := client.socket(tc.domain, tc.kind)
-			if errno := client.try(order{Op: "connect", FD: fd, Addr: tc.to}).Errno; errno != syscall.ECONNREFUSED {
+			call := order{Op: "connect", FD: fd, Addr: tc.to}
+			if tc.kind == unix.SOCK_DGRAM {
+				call.Op, call.Data = "sendto", []byte("?")
+			}
+			if errno := client.try(call).Errno; errno != syscall.ECONNREFUSED {
 				t.Errorf("%v, want ECONNREFUSED", errno)
 			}
 			e := k.event("the refusal", func(e bpfobj.InlayEvent) bool { return e.Kind == deniedKind })
@@ -274,5 +279,31 @@ func TestPortThatNoServiceHas(t *testing.T) {
 	}
 	if _, errno := client.dial(unix.AF_INET, unix.SOCK_STREAM, at(vip4, 80)); errno != 0 {
 		t.Errorf("the port it has: %v", errno)
+	}
+	// getaddrinfo connects datagram sockets to what it found, to sort it, and sends nothing: that is no
+	// refusal, in whatever order its one socket goes through them.
+	fd := client.socket(unix.AF_INET, unix.SOCK_DGRAM)
+	host := k.stranger("host", false)
+	u, elsewhere := host.udp(unix.AF_INET, at(local, 0))
+	for _, to := range []netip.AddrPort{at(vip4, 80), elsewhere, at(vip4, 9)} {
+		client.must(order{Op: "connect", FD: fd, Addr: to})
+	}
+	for range 2 {
+		if errno := client.try(order{Op: "send", FD: fd, Data: []byte("?")}).Errno; errno != syscall.EPERM {
+			t.Errorf("what is sent to a port that is not: %v, want EPERM", errno)
+		}
+	}
+	var told []uint16
+	k.event("the datagram that was sent", func(e bpfobj.InlayEvent) bool {
+		if bpfobj.InlayFlowFlag(e.Flags) == bpfobj.InlayFlowFlagFLOW_NO_PORT {
+			told = append(told, be16(e.VipPort))
+		}
+		return len(told) > 0
+	})
+	client.must(order{Op: "connect", FD: fd, Addr: elsewhere})
+	client.must(order{Op: "send", FD: fd, Data: []byte("?")})
+	host.must(order{Op: "recvfrom", FD: u})
+	if n := k.counter(bpfobj.InlayCounterCOUNT_NO_PORT); len(told) != 1 || told[0] != 9 || n != 7 {
+		t.Errorf("told of ports %v, want 9; counted %d, want the 6 calls and the 1 that was sent", told, n)
 	}
 }

@@ -83,6 +83,7 @@ var counterNames = map[bpfobj.InlayCounter]string{
 	bpfobj.InlayCounterCOUNT_DNS_PASSED:     "dns_passed",
 	bpfobj.InlayCounterCOUNT_DESTROYED:      "destroyed",
 	bpfobj.InlayCounterCOUNT_RETRANSMITS:    "retransmits",
+	bpfobj.InlayCounterCOUNT_NO_PORT:        "no_port",
 }
 
 // Counters returns what the programs counted beside records, by name; empty without maps.

@@ -452,7 +452,7 @@ func TestCountersByName(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, err := flow.New(flow.Config{Maps: maps}).Counters()
-	if err != nil || got["dns_passed"] != uint64(3*len(each)) || len(got) != 11 {
+	if err != nil || got["dns_passed"] != uint64(3*len(each)) || len(got) != 12 {
 		t.Errorf("counters %v, %v", got, err)
 	}
 }
