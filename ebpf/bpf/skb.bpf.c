@@ -71,12 +71,15 @@ GLOBAL int read_packet(struct __sk_buff *ctx, struct packet *p)
 		__builtin_memcpy(&p->dst, b + 24, 16);
 		next = b[6];
 		off = 40;
-		/* RFC 8200: hop-by-hop 0, routing 43, destination 60 come before the transport. */
-		for (int i = 0; i < 4 && (next == 0 || next == 43 || next == 60); i++) {
+		/* RFC 8200: hop-by-hop 0, routing 43, destination 60 come before the transport; a fragment
+		 * header 44 is left on a packet that is whole (RFC 6946). More of them than here are no
+		 * packet of its socket's protocol.
+		 */
+		for (int i = 0; i < 5 && (next == 0 || next == 43 || next == 60 || next == 44); i++) {
 			if (bpf_skb_load_bytes(ctx, off, b, 2))
 				return false;
+			off += next == 44 ? 8 : (b[1] + 1) * 8;
 			next = b[0];
-			off += (b[1] + 1) * 8;
 		}
 		p->proto = next;
 	}
@@ -328,6 +331,8 @@ static __always_inline int judge_packet(struct __sk_buff *ctx, __u8 dir)
 	}
 	if (!read_packet(ctx, &p))
 		return DROP;
+	if (sk->type != SOCK_RAW && (tcp || sk->protocol == IPPROTO_UDP) && p.proto != sk->protocol)
+		return DROP; /* hidden behind more headers than are read */
 	if (s->flags & SK_NO_PORT && dir == DIR_EGRESS && leads_nowhere(s, &p, bpf_get_socket_cookie(ctx)))
 		return DROP;
 	if (!tcp)

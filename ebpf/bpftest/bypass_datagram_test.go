@@ -161,3 +161,71 @@ func TestOtherProtocols(t *testing.T) {
 		}
 	}
 }
+
+// TestHiddenByHeaders: what stands between the header of IPv6 and that of the transport hides nothing.
+func TestHiddenByHeaders(t *testing.T) {
+	k := newKit(t, settings{})
+	server := k.workload("server", orders, false)
+	u, where := server.udp(unix.AF_INET6, at(netip.IPv6Loopback(), 0))
+	raw, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(raw)
+	send := func(first uint8, headers ...[]byte) {
+		t.Helper()
+		packet := hidden(where.Port(), first, headers...)
+		if err := unix.Sendto(raw, packet, 0, &unix.SockaddrInet6{Addr: netip.IPv6Loopback().As16()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The value of each next header is that of the one after it; padding fills the options (RFC 8200, 4.2).
+	options := func(next uint8) []byte { return []byte{next, 0, 1, 4, 0, 0, 0, 0} }
+	whole := []byte{unix.IPPROTO_UDP, 0, 0, 0, 0, 0, 0, 7} // the only fragment of its packet
+	var many [][]byte
+	for range 7 {
+		many = append(many, options(unix.IPPROTO_DSTOPTS))
+	}
+	many[6][0] = unix.IPPROTO_UDP
+	for name, try := range map[string]func(){
+		"nothing":                     func() { send(unix.IPPROTO_UDP) },
+		"options":                     func() { send(unix.IPPROTO_DSTOPTS, options(unix.IPPROTO_UDP)) },
+		"a fragment that is no other": func() { send(unix.IPPROTO_FRAGMENT, whole) },
+		"both":                        func() { send(unix.IPPROTO_DSTOPTS, options(unix.IPPROTO_FRAGMENT), whole) },
+		"more than are read":          func() { send(unix.IPPROTO_DSTOPTS, many...) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			k.put("subjects", uint64(orders), bpfobj.InlaySubject{Gen: 1000})
+			try()
+			if got := server.got(u); got != (name != "more than are read") {
+				t.Errorf("without a policy: arrived %v", got)
+			}
+			k.denies(orders, ingress, host)
+			try()
+			if server.got(u) {
+				t.Error("a denied datagram arrived")
+			}
+		})
+	}
+}
+
+// hidden is a datagram from and to ::1 behind headers, the first of which has that number.
+func hidden(port uint16, first uint8, headers ...[]byte) []byte {
+	const payload = 1
+	udp := []byte{0x30, 0x39, byte(port >> 8), byte(port), 0, 8 + payload, 0, 0, '!', 0}
+	sum := uint32(unix.IPPROTO_UDP) + 8 + payload + 1 + 1 // the pseudo-header: both addresses are ::1
+	for i := 0; i < len(udp); i += 2 {
+		sum += uint32(udp[i])<<8 | uint32(udp[i+1])
+	}
+	sum = ^(sum&0xffff + sum>>16)
+	udp[6], udp[7] = byte(sum>>8), byte(sum)
+	packet := make([]byte, 40)
+	packet[0], packet[6], packet[7] = 6<<4, first, 64
+	packet[23], packet[39] = 1, 1
+	for _, h := range headers {
+		packet = append(packet, h...)
+	}
+	packet = append(packet, udp[:8+payload]...)
+	packet[5] = byte(len(packet) - 40)
+	return packet
+}
