@@ -249,6 +249,8 @@ GLOBAL int judge_datagram(struct sk_state *s, const struct packet *p, __u8 dir, 
 			c.port = r->port;
 		}
 		bpf_map_update_elem(&dns_clients, &from, &c, BPF_ANY);
+		s->dns_from = p->src;
+		s->dns_port = p->sport;
 	} else if (!claimed) {
 		struct tuple t = {
 			.src = p->src, .dst = p->dst, .sport = p->sport, .dport = p->dport,

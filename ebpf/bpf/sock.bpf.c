@@ -45,7 +45,8 @@ int sock_create(struct bpf_sock *ctx)
 	return 1;
 }
 
-/* sock_release marks the exchange of a datagram socket as ended, so that its record need not wait
+/* sock_release forgets that the socket asked the DNS proxy: whoever gets its port next is somebody
+ * else. It marks the exchange of a datagram socket as ended, so that its record need not wait
  * until it has been idle. Of a socket with several peers it is the one it sent to last.
  */
 SEC("cgroup/sock_release")
@@ -55,7 +56,14 @@ int sock_release(struct bpf_sock *ctx)
 	struct udp_key k = {};
 	struct udp_flow *f;
 
-	if (!s || ctx->protocol != IPPROTO_UDP || !s->backend_port)
+	if (!s || ctx->protocol != IPPROTO_UDP)
+		return 1;
+	if (s->dns_port) {
+		struct svc_key from = { .addr = s->dns_from, .port = s->dns_port, .proto = IPPROTO_UDP };
+
+		bpf_map_delete_elem(&dns_clients, &from);
+	}
+	if (!s->backend_port)
 		return 1;
 	k.cookie = bpf_get_socket_cookie(ctx);
 	k.addr = s->backend;

@@ -218,6 +218,11 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, __u32 was)
 		t.dport = e.rport;
 		t.netns = s->netns;
 		disclaim(&t, bpf_get_socket_cookie(ctx));
+		if (s->flags & SK_DNS) {
+			struct svc_key from = { .addr = e.local, .port = e.lport, .proto = IPPROTO_TCP };
+
+			bpf_map_delete_elem(&dns_clients, &from);
+		}
 	}
 	tp = bpf_skc_to_tcp_sock(sk);
 	if (tp)

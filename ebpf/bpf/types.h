@@ -310,7 +310,10 @@ struct sk_state {
 	__u32 retrans_seen;
 	__u32 reset;
 	__u32 pad2;
-	__u64 reserved[8];
+	struct addr dns_from;	/* key in dns_clients of what it asked the proxy last; UDP */
+	__be16 dns_port;
+	__u16 pad3[3];
+	__u64 reserved[5];
 };
 enum sk_flag {
 	SK_MANAGED = 1,	/* in a registered cgroup */
@@ -375,7 +378,6 @@ _Static_assert(sizeof(struct event) == 144, "event is shared with Go");
 struct settings {
 	__u32 allow_all;	/* breakglass: policies are not asked */
 	__u32 pad;
-	__u64 udp_idle;		/* ns */
 };
 
 /* struct gone_key: an endpoint whose connections end at the next round of the iterators. */

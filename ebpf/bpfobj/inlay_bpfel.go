@@ -270,7 +270,6 @@ type InlaySettings struct {
 	_        structs.HostLayout
 	AllowAll uint32
 	Pad      uint32
-	UdpIdle  uint64
 }
 
 type InlaySkFlag uint32
@@ -316,7 +315,10 @@ type InlaySkState struct {
 	RetransSeen uint32
 	Reset       uint32
 	Pad2        uint32
-	Reserved    [8]uint64
+	DnsFrom     InlayAddr
+	DnsPort     uint16
+	Pad3        [3]uint16
+	Reserved    [5]uint64
 }
 
 type InlaySlot struct {

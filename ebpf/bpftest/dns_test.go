@@ -1,9 +1,11 @@
 package bpftest
 
 import (
+	"errors"
 	"net/netip"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/inlay-mesh/inlay/ebpf/bpfobj"
@@ -42,6 +44,16 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 			Addr6: addr(netip.MustParseAddr("::1")), Port6: be16(port), Heartbeat: monotonic(t) - age,
 		})
 	}
+	forgotten := func(t *testing.T, proto uint8, from netip.AddrPort) {
+		t.Helper()
+		if from.Addr().Is4In6() {
+			from = at(from.Addr().Unmap(), from.Port())
+		}
+		var c bpfobj.InlayDnsClient
+		if err := k.maps["dns_clients"].Lookup(svcKey(from, proto), &c); !errors.Is(err, ebpf.ErrKeyNotExist) {
+			t.Errorf("%v is still known after its socket was closed: %+v, %v", from, c, err)
+		}
+	}
 	run := func(name string, domain int, resolver netip.AddrPort, told netip.AddrPort) {
 		asker := func(t *testing.T, proto uint8, from netip.AddrPort) {
 			t.Helper()
@@ -77,6 +89,7 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 					t.Errorf("the answer is from %v, want the resolver that was asked, %v", back.Addr, resolver)
 				}
 				client.must(order{Op: "close", FD: fd})
+				forgotten(t, unix.IPPROTO_UDP, got.Addr)
 			})
 		}
 		t.Run(name+", TCP", func(t *testing.T) {
@@ -92,6 +105,7 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 			asker(t, unix.IPPROTO_TCP, conn.Addr)
 			client.must(order{Op: "close", FD: fd})
 			proxy.must(order{Op: "close", FD: conn.FD})
+			forgotten(t, unix.IPPROTO_TCP, conn.Addr)
 		})
 	}
 	for name, tc := range map[string]struct {

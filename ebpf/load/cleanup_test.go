@@ -30,7 +30,7 @@ func TestBreakglass(t *testing.T) {
 		t.Errorf("with nothing pinned: %v", err)
 	}
 	s := r.open(r.cfg, version(16))
-	if err := s.Maps().SettingsMap.Put(uint32(0), bpfobj.InlaySettings{UdpIdle: 77}); err != nil {
+	if err := s.Maps().SettingsMap.Put(uint32(0), bpfobj.InlaySettings{Pad: 77}); err != nil {
 		t.Fatal(err)
 	}
 	for _, step := range []struct{ on, changed bool }{{true, true}, {true, false}, {false, true}, {false, false}, {true, true}} {
@@ -40,7 +40,7 @@ func TestBreakglass(t *testing.T) {
 		}
 	}
 	var set bpfobj.InlaySettings
-	if err := s.Maps().SettingsMap.Lookup(uint32(0), &set); err != nil || set.UdpIdle != 77 {
+	if err := s.Maps().SettingsMap.Lookup(uint32(0), &set); err != nil || set.Pad != 77 {
 		t.Errorf("settings = %+v, %v: another field was changed", set, err)
 	}
 	// It holds over a restart and over a change of layout, as the counters do.
