@@ -42,7 +42,7 @@ func (r *resolver) networkPolicies() {
 						continue
 					}
 					at := fmt.Sprintf("spec.%s[%d].%s[%d]", d.name, j, map[string]string{"ingress": "from", "egress": "to"}[d.name], k)
-					if ns := peer.Workloads.Namespace; !namespaces[ns] && peer.Workloads.NamespaceWritten {
+					if ns := peer.Workloads.Namespace; peer.Workloads.Service == "" && !namespaces[ns] && peer.Workloads.NamespaceWritten {
 						if !r.set.Incomplete && !r.refusedIn(ns) {
 							r.add(peer.Pos, object.UnknownPeer, "%s: %s: no MeshService is declared in namespace %q: the peer is whoever registers there, and until then nobody", label(p.Meta), at, ns)
 						}

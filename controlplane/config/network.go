@@ -77,6 +77,7 @@ func parseNetworkPolicy(t *tree.Tree) (object.NetworkPolicy, []object.Finding) {
 	o.Decode(&in)
 	teach(o)
 	n := networkParser{o, object.NetworkPolicy{Meta: o.Meta("NetworkPolicy", in.Metadata, false)}}
+	n.noEmpty()
 	n.subject(in.Spec.Workloads)
 	if in.Spec.Mode != nil && o.Enum(*in.Spec.Mode, []string{"enforce", "audit"}, "spec", "mode") {
 		n.out.Audit = *in.Spec.Mode == "audit"
@@ -92,6 +93,24 @@ func parseNetworkPolicy(t *tree.Tree) (object.NetworkPolicy, []object.Finding) {
 type networkParser struct {
 	*check.Object
 	out object.NetworkPolicy
+}
+
+// noEmpty reports every key without a value. Elsewhere that is a key that was not written; here a
+// list whose entries were commented out would turn some peers or ports into all of them, and an
+// action without a word would turn a deny into an allow.
+func (n *networkParser) noEmpty() {
+	n.NoEmpty("spec")
+	n.NoEmpty("spec", "workloads")
+	for _, d := range []struct{ name, peers string }{{"ingress", "from"}, {"egress", "to"}} {
+		for i := 0; n.Tree.Get("spec", d.name, i) != nil; i++ {
+			n.NoEmpty("spec", d.name, i)
+			for _, list := range []string{d.peers, "ports"} {
+				for j := 0; n.Tree.Get("spec", d.name, i, list, j) != nil; j++ {
+					n.NoEmpty("spec", d.name, i, list, j)
+				}
+			}
+		}
+	}
 }
 
 func (n *networkParser) subject(in subjectSelector) {

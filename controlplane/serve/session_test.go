@@ -3,6 +3,7 @@ package serve
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
@@ -16,7 +17,7 @@ import (
 )
 
 // variants are meshes of the services a to d: bit i of the number leaves a service out, the rest
-// picks a limit.
+// picks a limit, and for node agents a virtual address and a rule.
 var variants = func() (out [32]*xdsgen.Views) {
 	for n := range out {
 		m := &ir.Mesh{Revision: fmt.Sprint(n), TrustDomain: "inlay.local"}
@@ -28,11 +29,15 @@ var variants = func() (out [32]*xdsgen.Views) {
 				Name: name + ".default:1", Namespace: "default", Service: name, Port: 1, MTLS: ir.Permissive, Protocol: ir.GRPC,
 				Policy: ir.ClusterPolicy{MaxRequests: uint32(1 + n>>4)},
 			}
-			m.Services = append(m.Services, ir.Service{Namespace: "default", Name: name, MTLS: ir.Permissive, Ports: []ir.Port{{
+			m.Services = append(m.Services, ir.Service{Namespace: "default", Name: name, MTLS: ir.Permissive, VirtualAddresses: []netip.Addr{netip.AddrFrom4([4]byte{198, 18, byte(n >> 4), byte(i)})}, Ports: []ir.Port{{
 				Number: 1, Protocol: ir.GRPC, Clusters: []ir.Cluster{c},
 				Routes: []ir.Route{{Object: "o", Rule: fmt.Sprint(n >> 4), Backends: []ir.Backend{{Cluster: c.Name, Weight: 1}}}},
 			}}})
 		}
+		m.NetworkPolicies = []ir.NetworkPolicy{{
+			Namespace: "default", Name: "p", Subject: ir.Selector{Namespace: "default", Labels: map[string]string{"tier": "web"}},
+			Ingress: []ir.NetworkRule{{Name: fmt.Sprint(n >> 4), Deny: true}},
+		}}
 		out[n], _ = xdsgen.New(m, nil)
 	}
 	return out
@@ -70,8 +75,12 @@ type refusal struct {
 }
 
 func newModel(t *testing.T, delta bool) *model {
+	return modelOf(t, delta, xdsgen.View{Kind: xdsgen.GRPC, Namespace: "default"})
+}
+
+func modelOf(t *testing.T, delta bool, view xdsgen.View) *model {
 	m := &model{
-		t: t, delta: delta, views: variants[0], view: xdsgen.View{Kind: xdsgen.GRPC, Namespace: "default"},
+		t: t, delta: delta, views: variants[0], view: view,
 		wants: map[string]map[string]bool{}, holds: map[string]map[string]string{}, rejected: map[string]refusal{}, asked: map[string]int{}, excused: map[string]bool{},
 	}
 	m.connect()
@@ -265,6 +274,13 @@ func (m *model) read(url string, a *anypb.Any) (name, version string) {
 			}
 		}
 	}
+	for _, v := range variants {
+		for name := range m.wants[url] {
+			if r, _ := v.Lookup(m.view, url, name); r != nil && string(r.Any.Value) == string(a.Value) {
+				return name, r.Version
+			}
+		}
+	}
 	m.t.Fatalf("%s: a resource of no mesh", url)
 	return "", ""
 }
@@ -285,6 +301,11 @@ func (m *model) check() {
 		expect := map[string]string{}
 		for name, r := range all {
 			if wants[name] || wants["*"] {
+				expect[name] = r.Version
+			}
+		}
+		for name := range wants { // some are made for who asks by name
+			if r, _ := m.views.Lookup(m.view, url, name); r != nil {
 				expect[name] = r.Version
 			}
 		}
@@ -321,21 +342,34 @@ func FuzzConversation(f *testing.F) {
 		"\x00\x00\x00\x05\x00\x0a\x04\x00\x06\x00\x03\x11\x04\x00\x06\x00\x03\x01\x07\x00\x04\x00",
 		"\x02\x00\x04\x00\x03\x0f\x05\x00\x04\x00\x02\x01\x03\x10\x04\x00\x05\x00",
 	} {
-		f.Add([]byte(seed), true)
-		f.Add([]byte(seed), false)
+		for _, node := range []bool{true, false} {
+			f.Add([]byte(seed), true, node)
+			f.Add([]byte(seed), false, node)
+		}
 	}
 	// A name is unsubscribed while its response is under way, then the wildcard covers it, and it goes.
-	f.Add([]byte("02$0227BC7"), true)
+	f.Add([]byte("02$0227BC7"), true, false)
+	// A node agent: all services, the policies of a service that nobody knows, a change, an answer of each kind.
+	f.Add([]byte("\x07\x04\x00\x11\x04\x00\x05\x00\x03\x11\x04\x00\x06\x00\x03\x01\x04\x00\x05\x00"), true, true)
 	types := []string{xdsgen.ClusterType, xdsgen.EndpointsType, xdsgen.ListenerType, xdsgen.RouteType}
-	f.Fuzz(func(t *testing.T, script []byte, delta bool) {
+	f.Fuzz(func(t *testing.T, script []byte, delta, node bool) {
 		if len(script) > 200 {
 			t.Skip("long enough")
 		}
 		m := newModel(t, delta)
+		if node {
+			m = modelOf(t, delta, xdsgen.View{Kind: xdsgen.Node})
+		}
 		for i := 0; i+1 < len(script); i += 2 {
 			arg := int(script[i+1])
 			url := types[arg%4]
 			name := string(rune('a'+arg/4%5)) + ".default:1" // "e" never exists
+			all := whole(url)
+			if node {
+				url = []string{xdsgen.NodeServiceType, xdsgen.NodePoliciesType, xdsgen.ClusterType, xdsgen.NodePoliciesType}[arg%4]
+				name = "default/" + string(rune('a'+arg/4%5)) // of "e" there are policies all the same
+				all = delta && url == xdsgen.NodeServiceType
+			}
 			switch script[i] % 8 {
 			case 0, 1:
 				m.subscribe(url, name)
@@ -354,7 +388,7 @@ func FuzzConversation(f *testing.F) {
 				case 0:
 					m.connect()
 				case 1:
-					if whole(url) && (delta || len(m.wants[url]) > 0) {
+					if all && (delta || len(m.wants[url]) > 0) {
 						m.subscribe(url, "*")
 					}
 				case 2:

@@ -255,6 +255,9 @@ func TestManagedIsRefusedAndWrittenDown(t *testing.T) {
 	if _, _, err := h.ask(managedStart("cart", "r5", &nodepb.Managed{Uid: 65534, Cgroup: "relative"})); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("a path that is none: %v, want InvalidArgument", err)
 	}
+	if text := log.take(); !strings.Contains(text, "registration refused") || !strings.Contains(text, "cgroup=relative") || !strings.Contains(text, "uid=65534") {
+		t.Errorf("a path that is none: log %q, want the refusal", text)
+	}
 	got := run(t, h, "setuid", "65534", "managed", "cart", "r6")
 	if !slices.Equal(got, []string{"PermissionDenied user 65534 may not ask for a cgroup: only root may: use sudo"}) {
 		t.Errorf("a caller who is not root: %q", got)

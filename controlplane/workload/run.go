@@ -49,11 +49,11 @@ func (s *nodeService) Run(stream grpc.BidiStreamingServer[nodepb.RunRequest, nod
 	if err != nil {
 		return err
 	}
+	caller := attest.CallerFrom(ctx)
 	start, err := readStart(first)
 	if err != nil {
-		return status.Error(codes.InvalidArgument, err.Error())
+		return n.refused(ctx, caller, claimed(first.GetStart()), status.Error(codes.InvalidArgument, err.Error()))
 	}
-	caller := attest.CallerFrom(ctx)
 	if err := n.permit(caller, start); err != nil {
 		return n.refused(ctx, caller, start, err)
 	}
@@ -190,6 +190,16 @@ func readStart(req *nodepb.RunRequest) (startRequest, error) {
 		return startRequest{}, err
 	}
 	return startRequest{svc: svc, version: m.GetVersion(), labels: m.GetLabels(), runID: m.GetRunId(), managed: managed}, nil
+}
+
+// claimed is what a start that is refused says of itself, cut short: for the log and nothing else.
+func claimed(m *nodepb.Start) startRequest {
+	short := func(s string) string { return fmt.Sprintf("%.80s", s) }
+	out := startRequest{svc: service{short(m.GetNamespace()), short(m.GetService())}, runID: short(m.GetRunId())}
+	if c := m.GetManaged(); c != nil {
+		out.managed = &managedStart{uid: c.GetUid(), cgroup: short(c.GetCgroup())}
+	}
+	return out
 }
 
 // binding is a checked Listening. The zero value is no port.

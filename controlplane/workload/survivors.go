@@ -108,9 +108,10 @@ func (n *Node) remember(change func(runs map[string]managedRun)) {
 	}
 }
 
-// replaceFile writes a file whole or not at all.
+// replaceFile writes a file whole or not at all. There is one writer at a time; what a crash left is
+// taken by the next.
 func replaceFile(path string, raw []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-") // mode 0600
+	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
