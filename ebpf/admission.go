@@ -133,11 +133,12 @@ func judge(known map[string]*workload, root string, in Admission, labels map[str
 // Admit makes the cgroup of a workload, or finds it again after a reconnection, and returns its
 // absolute path. When it returns, whatever starts in the cgroup is the workload, and the policies of
 // its service hold: Admit waits for them, at most 20 s, and fails rather than admit a program whose
-// policies nobody knows. A refusal by rule has ErrRefused in its chain and is told in the log.
+// policies nobody knows. A refusal by rule has ErrRefused in its chain; whoever asked writes it down,
+// since it knows who asked.
 func (a *Agent) Admit(ctx context.Context, in Admission) (cgroup string, err error) {
 	labels, err := in.check()
 	if err != nil {
-		return "", a.refuse(ctx, in, err)
+		return "", refusal(err)
 	}
 	select {
 	case <-a.ready:
@@ -145,7 +146,7 @@ func (a *Agent) Admit(ctx context.Context, in Admission) (cgroup string, err err
 		return "", fmt.Errorf("admit %s.%s: the node agent has not started: %w", in.Service, in.Namespace, context.Cause(ctx))
 	}
 	if a.set == nil {
-		return "", a.refuse(ctx, in, fmt.Errorf("this node runs without programs (--allow-unmanaged): %w", a.unsupported))
+		return "", fmt.Errorf("this node runs without programs (--allow-unmanaged): %w", a.unsupported)
 	}
 	// Before anything is made: it may fail, and takes time.
 	service := in.Namespace + "/" + in.Service
@@ -155,11 +156,13 @@ func (a *Agent) Admit(ctx context.Context, in Admission) (cgroup string, err err
 		return "", fmt.Errorf("admit %s.%s: %w", in.Service, in.Namespace, err)
 	}
 
+	a.writing.Lock()
+	defer a.writing.Unlock()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	w, err := judge(a.workloads, a.cgroups.root, in, labels, a.cgroups.exists)
 	if err != nil {
-		return "", a.refuse(ctx, in, err)
+		return "", refusal(err)
 	}
 	_, known := a.workloads[in.RunID]
 	left := w.left
@@ -196,7 +199,7 @@ func (a *Agent) Admit(ctx context.Context, in Admission) (cgroup string, err err
 	return w.Cgroup, nil
 }
 
-// enter makes the cgroup and tells the programs whose it is. The lock is held.
+// enter makes the cgroup and tells the programs whose it is. Both locks are held.
 func (a *Agent) enter(ctx context.Context, w *workload) error {
 	if !w.tableKnows && a.cgroups.exists(w.Cgroup) {
 		populated, err := a.cgroups.populated(w.Cgroup)
@@ -244,15 +247,12 @@ func (a *Agent) forget(w *workload) {
 		signal(a.dirty)
 	}
 	delete(a.workloads, w.RunID)
+	delete(a.told, "refused "+w.RunID)
 	a.unhostLocked(w.service())
 }
 
-// refuse tells the log of a refusal and makes its error.
-func (a *Agent) refuse(ctx context.Context, in Admission, why error) error {
-	a.log.WarnContext(ctx, "registration refused", "run_id", fmt.Sprintf("%.80s", in.RunID), "namespace", fmt.Sprintf("%.80s", in.Namespace),
-		"service", fmt.Sprintf("%.80s", in.Service), "uid", in.UID, "cgroup", fmt.Sprintf("%.200s", in.Cgroup), "reason", why)
-	return fmt.Errorf("%w: %w", ErrRefused, why)
-}
+// refusal is the error of what a rule forbids.
+func refusal(why error) error { return fmt.Errorf("%w: %w", ErrRefused, why) }
 
 // Leave ends a registration. What still runs in its cgroup stays the workload; the cgroup goes with
 // the last process in it. An unknown run id is no fault. Leave does not wait.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/inlay-mesh/inlay/ebpf/flow"
 	"github.com/inlay-mesh/inlay/ebpf/load"
+	"github.com/inlay-mesh/inlay/ebpf/proxy"
 	"github.com/inlay-mesh/inlay/ebpf/tables"
 	"github.com/inlay-mesh/inlay/xds"
 )
@@ -127,6 +128,10 @@ type Agent struct {
 	unsupported error // why there are no programs
 	metrics     string
 
+	// writing is held from a commit until what follows from it is done, so that nobody takes the
+	// refusals of an older one for those of its own. It comes before mu.
+	writing sync.Mutex
+
 	mu        sync.Mutex
 	running   bool
 	workloads map[string]*workload // by run id
@@ -137,6 +142,7 @@ type Agent struct {
 	gone      []departed
 	open      bool // breakglass
 	proxyUp   bool
+	proxy     proxy.Status      // what the DNS proxy said last; zero: it never did
 	told      map[string]string // failures that the log was told of
 }
 
@@ -331,6 +337,7 @@ func (a *Agent) serve(ctx context.Context) (err error) {
 	})
 	part("addresses", a.addressLoop)
 	part("state", a.watchLoop)
+	part("map counts", a.countLoop)
 	if len(a.cfg.ProxyCommand) > 0 {
 		part("dns proxy", a.proxyLoop)
 	}

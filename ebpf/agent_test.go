@@ -151,7 +151,9 @@ func TestAdmissionOverReconnectLeaveAndRestart(t *testing.T) {
 	if _, err := a.Admit(t.Context(), stolen); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "another's") {
 		t.Errorf("another's cgroup: %v", err)
 	}
-	a.log.until(t, "the audit", a.log.has("level=WARN", "registration refused", "run_id=r2", "another's"))
+	if a.log.now(a.log.has("refused")) {
+		t.Error("the agent told the log of a refusal that it returned: the node tells it, with who asked")
+	}
 
 	// Processes are found by their cgroup, also below the leaf.
 	for pid, line := range map[string]string{
@@ -286,7 +288,7 @@ func TestAdmitWithoutRoomIsUndone(t *testing.T) {
 	defer cp.stop()
 	k.refuseAll = true
 	a := run(t, testConfig(t, cp, clock), k.rooms())
-	if _, err := a.Admit(t.Context(), billing); err == nil || !strings.Contains(err.Error(), "no room") {
+	if _, err := a.Admit(t.Context(), billing); err == nil || !strings.Contains(err.Error(), "do not hold it") {
 		t.Errorf("Admit: %v", err)
 	}
 	if k.is(func() bool { return len(k.workloads) != 0 }) || a.cgroups.exists(filepath.Join(k.root, billing.leaf())) {
@@ -356,8 +358,8 @@ func TestMachineWithoutPrograms(t *testing.T) {
 	}
 	cfg.AllowUnmanaged = true
 	un := run(t, cfg, k.rooms())
-	if _, err := un.Admit(t.Context(), billing); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "CAP_BPF") {
-		t.Errorf("Admit: %v", err)
+	if _, err := un.Admit(t.Context(), billing); err == nil || errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "CAP_BPF") {
+		t.Errorf("Admit: %v: want the machine's fault, not the caller's", err)
 	}
 	if _, ok, err := un.Find(os.Getpid()); ok || err != nil {
 		t.Errorf("Find: %v, %v", ok, err)
@@ -397,8 +399,82 @@ func TestFlowsSocketIsTheOwnersAndTellsTheState(t *testing.T) {
 		return slices.ContainsFunc(clock.timers, func(x *testTimer) bool { return x.at.Sub(clock.now) <= time.Second })
 	})
 	clock.advance(time.Second)
-	a.log.until(t, "the audit", a.log.has("breakglass flipped", "allow_all=true"))
+	a.log.until(t, "the audit", a.log.has("level=WARN", "breakglass flipped", "allow_all=true"))
 	if got, err = nodepb.NewFlowsClient(cc).GetAgent(t.Context(), &nodepb.GetAgentRequest{}); err != nil || !got.GetBreakglass() {
 		t.Errorf("GetAgent: %v, %v: want breakglass", got, err)
+	}
+}
+
+// Another user's directory, or one that others may write, is no place for the sockets and logs of root.
+func TestRunDirectoryOfOthersIsRefused(t *testing.T) {
+	for name, spoil := range map[string]func(dir string) error{
+		"others may write": func(dir string) error { return os.Chmod(dir, 0o777) },
+		"another user's":   func(dir string) error { return os.Chown(dir, 65534, -1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cp, k := newFakeControlPlane(t), newFakeKernel(t)
+			cfg := testConfig(t, cp, newTestClock())
+			if err := spoil(cfg.RunDir); errors.Is(err, os.ErrPermission) {
+				t.Skip("only root can give a directory away")
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			cfg.StateDir = t.TempDir()
+			if err := os.Chmod(cfg.StateDir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			a, err := newAgent(cfg, k.rooms())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := a.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "run directory") {
+				t.Errorf("Run: %v: want the run directory refused", err)
+			}
+			if left, err := os.ReadDir(cfg.RunDir); err != nil || len(left) != 0 {
+				t.Errorf("files %v were made there (%v)", left, err)
+			}
+		})
+	}
+}
+
+// A commit under way when a program is admitted does not have its refusals taken for those of the
+// admission, nor the other way round.
+func TestRefusalsAreOfTheCommitThatMadeThem(t *testing.T) {
+	cp, k, clock := newFakeControlPlane(t), newFakeKernel(t), newTestClock()
+	cp.set(policies("billing"))
+	cp.start()
+	defer cp.stop()
+	a := run(t, testConfig(t, cp, clock), k.rooms())
+	if _, err := a.Admit(t.Context(), billing); err != nil {
+		t.Fatal(err)
+	}
+	a.mu.Lock()
+	a.told["refused "+billing.RunID] = "once"
+	a.mu.Unlock()
+	a.writing.Lock() // a commit is under way
+	other, done := billing, make(chan error, 1)
+	other.RunID = "r9"
+	go func() {
+		_, err := a.Admit(context.Background(), other)
+		done <- err
+	}()
+	a.mu.Lock() // free meanwhile: those who only ask do not wait for the maps
+	w := a.workloads[other.RunID]
+	a.mu.Unlock()
+	if w != nil {
+		t.Error("a program was admitted in the middle of a commit")
+	}
+	a.writing.Unlock()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	// What was told of a workload goes with it.
+	a.Leave(billing.RunID)
+	clock.until(t, "the look", func() bool { return len(clock.timers) > 0 })
+	a.reapNow(t.Context())
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if text, left := a.told["refused "+billing.RunID]; left {
+		t.Errorf("%q is remembered of a workload that is gone", text)
 	}
 }

@@ -22,6 +22,8 @@ const (
 	sweepEvery = 10 * time.Second
 	// retryEvery is the time between two tries to write what found no room.
 	retryEvery = 10 * time.Second
+	// countEvery is the time between two counts of the maps that programs fill.
+	countEvery = 30 * time.Second
 )
 
 // attach brings the programs up, with the last known state in their maps.
@@ -30,7 +32,7 @@ func (a *Agent) attach(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := openState(a.cfg.StateDir); err != nil {
+	if err := errors.Join(checkOwn("run directory", a.cfg.RunDir), openState(a.cfg.StateDir)); err != nil {
 		return err
 	}
 	workloads, err := a.loadWorkloads(root)
@@ -139,36 +141,42 @@ func (a *Agent) applyLoop(ctx context.Context) error {
 			stop()
 			return nil
 		}
-		change, err := a.table.Commit()
-		a.mu.Lock()
-		a.react(ctx, change, err)
-		prune := a.synced && !a.pruned && a.allKnown()
-		a.mu.Unlock()
-		if prune {
-			a.prune(ctx)
-		}
+		a.apply(ctx)
 	}
 }
 
-// prune drops what the maps hold beyond what is wanted, once that is known whole.
+// apply writes what is set, and does what follows.
+func (a *Agent) apply(ctx context.Context) {
+	a.writing.Lock()
+	defer a.writing.Unlock()
+	change, err := a.table.Commit()
+	a.mu.Lock()
+	a.react(ctx, change, err)
+	prune := a.synced && !a.pruned && a.allKnown()
+	a.mu.Unlock()
+	if prune {
+		a.prune(ctx)
+	}
+}
+
+// prune drops what the maps hold beyond what is wanted, once that is known whole. The lock of writes is held.
 func (a *Agent) prune(ctx context.Context) {
+	var change tables.Change
 	err := a.table.Prune()
-	if err == nil {
-		var change tables.Change
+	whole := err == nil
+	if whole {
 		change, err = a.table.Commit()
-		a.mu.Lock()
-		a.pruned = true
-		a.react(ctx, change, err)
-		a.mu.Unlock()
-		a.log.InfoContext(ctx, "state of the control plane is whole", "services", a.table.Services())
-		return
 	}
 	a.mu.Lock()
-	a.react(ctx, tables.Change{}, err)
-	a.mu.Unlock()
+	defer a.mu.Unlock()
+	a.pruned = a.pruned || whole
+	a.react(ctx, change, err)
+	if whole {
+		a.log.InfoContext(ctx, "state of the control plane is whole", "services", a.table.Services())
+	}
 }
 
-// commit writes what is set. The lock is held.
+// commit writes what is set. Both locks are held.
 func (a *Agent) commit(ctx context.Context) error {
 	change, err := a.table.Commit()
 	a.react(ctx, change, err)
@@ -181,7 +189,7 @@ func (a *Agent) react(ctx context.Context, change tables.Change, err error) {
 	for _, w := range a.workloads {
 		w.refusedText = ""
 		if w.tableKnows && slices.Contains(change.Refused, w.id) {
-			w.refusedText = "there is no room for it in the maps of the node: what runs in its cgroup would be outside every policy: start the agent with larger maps"
+			w.refusedText = "the maps of the node do not hold it, and what runs in its cgroup would be outside every policy"
 			a.once(ctx, "refused "+w.RunID, errors.New(w.refusedText), "workload is not registered")
 		}
 	}
@@ -282,6 +290,17 @@ func (a *Agent) sweepNow(ctx context.Context) {
 	a.once(ctx, "sweep", err, "live sockets were not all looked at")
 }
 
+// countLoop counts what programs put into maps, and has it warned of before there is no room.
+func (a *Agent) countLoop(ctx context.Context) error {
+	a.every(ctx, countEvery, func() {
+		err := a.table.Count()
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.once(ctx, "count", err, "entries of maps were not counted")
+	})
+	return nil
+}
+
 // watchLoop keeps an eye on what others change: breakglass, the connection, room in the maps.
 func (a *Agent) watchLoop(ctx context.Context) error {
 	next := a.cfg.Clock.Now()
@@ -292,7 +311,7 @@ func (a *Agent) watchLoop(ctx context.Context) error {
 		a.once(ctx, "breakglass", err, "breakglass cannot be read")
 		if err == nil && on != a.open {
 			a.open = on
-			a.log.InfoContext(ctx, "breakglass flipped", "allow_all", on)
+			a.log.WarnContext(ctx, "breakglass flipped", "allow_all", on) // the audit: seen at every level but error
 		}
 		now := a.cfg.Clock.Now()
 		if a.synced && a.client.Connected() {

@@ -3,6 +3,8 @@ package ebpf
 import (
 	"bytes"
 	"maps"
+	"os"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -159,4 +161,24 @@ func FuzzCgroupOfProcess(f *testing.F) {
 			t.Errorf("%q: leaf %q", s, leaf)
 		}
 	})
+}
+
+// An agent that is killed while it writes leaves one file at most, and the next takes it.
+func TestStateFileLeavesNothingBehind(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, workloadsFile)
+	if err := os.WriteFile(path+".new", []byte("a longer text than what is written next, cut short"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"one", "two"} {
+		if err := replaceFile(path, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(path); err != nil || string(b) != text {
+			t.Errorf("%q, %v: want %q", b, err, text)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
+		t.Errorf("files %v, %v: want one", left, err)
+	}
 }

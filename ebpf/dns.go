@@ -22,6 +22,11 @@ func (a *Agent) ensure(ctx context.Context, maps *bpfobj.InlayMaps) error {
 	_, err = proxy.Ensure(ctx, proxy.EnsureConfig{
 		Command: a.cfg.ProxyCommand, Socket: filepath.Join(a.cfg.RunDir, ProxySocket),
 		Version: a.cfg.Version, Suffix: a.cfg.Suffix, MapID: id, LogFile: a.cfg.ProxyLog, Log: a.log,
+		Told: func(s proxy.Status) {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			a.proxy = s
+		},
 	})
 	return err
 }

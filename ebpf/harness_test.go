@@ -132,6 +132,8 @@ type fakeKernel struct {
 	local      []netip.Addr
 	commits    int
 	prunes     int
+	counts     int
+	countErr   error
 	sweeps     int
 	marked     []tables.Endpoint
 	next       tables.Change // of the next Commit
@@ -254,6 +256,7 @@ func (k *fakeKernel) MarkGone(eps []tables.Endpoint) (int, error) {
 func (k *fakeKernel) Usage() []tables.MapUsage {
 	return []tables.MapUsage{{Name: "services", Entries: 1, Capacity: 2}}
 }
+func (k *fakeKernel) Count() error { k.do(func() { k.counts++ }); return k.countErr }
 func (k *fakeKernel) Services() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -533,4 +536,11 @@ func service(name string) *nodepb.Service {
 
 func policies(name string) *nodepb.Policies {
 	return &nodepb.Policies{Namespace: "default", Service: name}
+}
+
+// now says whether ok holds at this moment.
+func (l *lines) now(ok func() bool) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return ok()
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/inlay-mesh/inlay/ebpf/bpfobj"
 	"github.com/inlay-mesh/inlay/ebpf/export"
+	"github.com/inlay-mesh/inlay/ebpf/proxy"
 	"github.com/inlay-mesh/inlay/xds/meshpb/nodepb"
 )
 
@@ -51,7 +52,7 @@ func (a *Agent) exported(context.Context) export.State {
 		out.Programs = append(out.Programs, export.Program{Name: s.Name, Runs: s.Runs, Time: s.Time})
 	}
 	for _, u := range a.table.Usage() {
-		out.Maps = append(out.Maps, export.Map{Name: u.Name, Entries: uint64(u.Entries), Capacity: uint64(u.Capacity)})
+		out.Maps = append(out.Maps, export.Map{Name: u.Name, Entries: uint64(u.Entries), Capacity: uint64(u.Capacity), Refused: u.Refused})
 	}
 	out.HeartbeatAge = a.heartbeatAge()
 	out.Services = a.table.Services()
@@ -62,7 +63,19 @@ func (a *Agent) exported(context.Context) export.State {
 		out.ConfigAge = age
 	}
 	out.Breakglass, out.Workloads = a.open, len(a.workloads)
+	out.Queries = queries(a.proxy)
 	return out
+}
+
+// queries are the counts of a DNS proxy by what became of the message; nil when none ever answered.
+func queries(s proxy.Status) map[string]uint64 {
+	if s.PID == 0 {
+		return nil
+	}
+	return map[string]uint64{
+		"answered": s.Answered, "forwarded": s.Forwarded, "refused": s.Refused, "failed": s.Failed,
+		"shed": s.Shed, "looped": s.Looped, "malformed": s.Malformed,
+	}
 }
 
 // configAge is how long ago the control plane last stood by the configuration; ok is false when it

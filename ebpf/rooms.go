@@ -44,6 +44,7 @@ type table interface {
 	ServiceAt(addr netip.AddrPort, proto uint8) (name string, port uint16, ok bool)
 	Services() int
 	Usage() []tables.MapUsage
+	Count() error
 }
 
 // rooms are the parts that need a kernel. Tests of what the agent decides give others.

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 )
@@ -92,15 +91,24 @@ func openState(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w: choose another --state-dir", err)
 	}
+	return checkOwn("state directory", dir)
+}
+
+// checkOwn refuses a directory in which another user could put files in the place of the agent's: of
+// the state, which says which cgroup is whose, or a link where the agent, as root, writes a log.
+func checkOwn(what, dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
-		return fmt.Errorf("state directory: %w", err)
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%s %s: it is no directory: choose another", what, dir)
 	}
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("state directory %s belongs to user %d: want %d: it says which cgroup is whose", dir, st.Uid, os.Geteuid())
+		return fmt.Errorf("%s %s belongs to user %d, who could put files there: want one of user %d: choose another, or run: chown %d %s", what, dir, st.Uid, os.Geteuid(), os.Geteuid(), dir)
 	}
 	if perm := info.Mode().Perm(); perm&0o022 != 0 {
-		return fmt.Errorf("state directory %s: permissions %04o let others write: run: chmod 700 %s", dir, perm, dir)
+		return fmt.Errorf("%s %s: permissions %04o let others write: run: chmod go-w %s", what, dir, perm, dir)
 	}
 	return nil
 }
@@ -135,9 +143,10 @@ func (a *Agent) saveWorkloads() error {
 }
 
 // replaceFile writes a file of mode 0600 so that a reader and a crash see the old contents or the
-// new, never a part.
+// new, never a part. There is one writer at a time. What a crash left is taken by the next: a name of
+// its own for each would fill the directory of an agent that is killed often.
 func replaceFile(path string, b []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+strings.TrimPrefix(filepath.Base(path), ".")+".*")
+	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}

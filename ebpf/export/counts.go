@@ -183,6 +183,7 @@ type State struct {
 	// are among the kept.
 	Made, Kept, Lost, Malformed uint64
 	Events                      map[string]uint64 // counters of the programs by name
+	Queries                     map[string]uint64 // messages to the DNS proxy since it started, by what became of them
 	Programs                    []Program
 	Maps                        []Map
 	ConfigAge                   time.Duration // since the control plane confirmed the state; negative: it never did
@@ -202,6 +203,7 @@ type Program struct {
 type Map struct {
 	Name              string
 	Entries, Capacity uint64
+	Refused           uint64 // writes that found no room
 }
 
 // observeState registers the instruments that a collection fills from state.
@@ -230,6 +232,8 @@ func observeState(m metric.Meter, state func(context.Context) State) error {
 	faults, all = append(faults, err), append(all, runTime)
 	entries := gauge(nameMapEntries, "{entry}", "Entries of a map.")
 	capacity := gauge(nameMapCapacity, "{entry}", "Entries that a map has room for.")
+	refused := counter(nameMapRefused, "{entry}", "Entries that a map had no room for.")
+	queries := counter(nameQueries, "{query}", "Messages to the DNS proxy, by what became of them; from 0 again when another process takes over.")
 	age := seconds(nameConfigAge, "Time since the control plane last confirmed the state; absent until it did.")
 	heartbeat := seconds(nameHeartbeat, "Age of the DNS proxy's heartbeat; absent without a proxy.")
 	breakglass := gauge(nameBreakglass, "", "1 while policies are not asked.")
@@ -258,6 +262,10 @@ func observeState(m metric.Meter, state func(context.Context) State) error {
 			with := metric.WithAttributes(keyMap.String(m.Name))
 			o.ObserveInt64(entries, int64(m.Entries), with)
 			o.ObserveInt64(capacity, int64(m.Capacity), with)
+			o.ObserveInt64(refused, int64(m.Refused), with)
+		}
+		for outcome, n := range s.Queries {
+			o.ObserveInt64(queries, int64(n), metric.WithAttributes(keyOutcome.String(outcome)))
 		}
 		if s.ConfigAge >= 0 {
 			o.ObserveFloat64(age, s.ConfigAge.Seconds())

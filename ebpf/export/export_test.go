@@ -182,9 +182,9 @@ func TestDefaultBoundIsOurs(t *testing.T) {
 
 func TestStateIsAskedAtEachCollection(t *testing.T) {
 	state := export.State{
-		Made: 10, Kept: 7, Lost: 3, Malformed: 1, Events: map[string]uint64{"dns_passed": 4},
+		Made: 10, Kept: 7, Lost: 3, Malformed: 1, Events: map[string]uint64{"dns_passed": 4}, Queries: map[string]uint64{"malformed": 6},
 		Programs:  []export.Program{{Name: "connect4", Runs: 100, Time: 50 * time.Microsecond}},
-		Maps:      []export.Map{{Name: "services", Entries: 9, Capacity: 10}},
+		Maps:      []export.Map{{Name: "services", Entries: 9, Capacity: 10, Refused: 2}},
 		ConfigAge: 90 * time.Second, HeartbeatAge: 250 * time.Millisecond, Breakglass: true, Workloads: 2, Services: 5,
 	}
 	x := exporter(t, export.Config{State: func(context.Context) export.State { return state }})
@@ -194,6 +194,7 @@ func TestStateIsAskedAtEachCollection(t *testing.T) {
 		`inlay_ebpf_events_total{inlay_event="dns_passed"} 4`,
 		`inlay_ebpf_program_runs_total{inlay_program="connect4"} 100`, `inlay_ebpf_program_time_seconds_total{inlay_program="connect4"} 5e-05`,
 		`inlay_ebpf_map_entries{inlay_map="services"} 9`, `inlay_ebpf_map_capacity{inlay_map="services"} 10`,
+		`inlay_ebpf_map_refused_total{inlay_map="services"} 2`, `inlay_dns_queries_total{inlay_outcome="malformed"} 6`,
 		`inlay_config_age_seconds 90`, `inlay_proxy_heartbeat_age_seconds 0.25`, `inlay_breakglass 1`, `inlay_workloads 2`, `inlay_services 5`,
 	)
 	state = export.State{ConfigAge: -1, HeartbeatAge: -1}

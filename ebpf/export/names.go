@@ -23,6 +23,8 @@ const (
 	nameRunTime     = "inlay.ebpf.program.time"
 	nameMapEntries  = "inlay.ebpf.map.entries"
 	nameMapCapacity = "inlay.ebpf.map.capacity"
+	nameMapRefused  = "inlay.ebpf.map.refused"
+	nameQueries     = "inlay.dns.queries"
 	nameConfigAge   = "inlay.config.age"
 	nameHeartbeat   = "inlay.proxy.heartbeat.age"
 	nameBreakglass  = "inlay.breakglass"
@@ -50,6 +52,7 @@ const (
 	keyEvent       = attribute.Key("inlay.event")
 	keyProgram     = attribute.Key("inlay.program")
 	keyMap         = attribute.Key("inlay.map")
+	keyOutcome     = attribute.Key("inlay.outcome")
 )
 
 // rttBounds are boundaries in seconds: within a machine it is microseconds, across the world a

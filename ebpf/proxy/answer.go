@@ -43,8 +43,9 @@ type query struct {
 	tcp    bool
 }
 
-// asker finds out who asks; it is called at most once a message, and only for one that needs it.
-type asker func() (Client, error)
+// asker finds out who asks; false says that no hook sent them here. It is called at most once a
+// message, and only for one that needs it.
+type asker func() (Client, bool, error)
 
 // nameTable is Tables.Name.
 type nameTable func(name string) (Addresses, bool, error)
@@ -84,9 +85,15 @@ func answer(raw []byte, tcp bool, suffix string, who asker, names nameTable) out
 	case dns.TypeAXFR, dns.TypeIXFR: // no zone of ours or of others is told whole
 		return pack(refused, m, reply(m, dns.RcodeRefused), tcp)
 	}
-	client, err := who()
-	if err != nil {
+	client, sent, err := who()
+	switch {
+	case err != nil:
 		return failure(m, err, tcp)
+	case !sent:
+		// Whoever found the port by itself is no workload of this node: neither the names of the mesh nor
+		// the node's resolvers are theirs to ask here. RFC 8499, section 6: an open resolver "accepts and
+		// processes DNS queries from any (or nearly any) client".
+		return pack(refused, m, reply(m, dns.RcodeRefused), tcp)
 	}
 	l := plan(q.Name, suffix, or(client.Namespace, "default"))
 	elsewhere := outcome{kind: forward, query: query{raw: raw, msg: m, client: client, tcp: tcp}}

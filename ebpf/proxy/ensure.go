@@ -114,6 +114,8 @@ type EnsureConfig struct {
 	// LogFile gets what a started process writes. Empty means Socket.log. One larger than 1 MiB is
 	// kept as LogFile.1 and begun anew.
 	LogFile string
+	// Told is called with the status of the proxy that suits, before Ensure returns. Nil is fine.
+	Told func(Status)
 	// Wait bounds how long a process may take to serve. Zero means 20 s.
 	Wait time.Duration
 	Log  *slog.Logger // nil discards
@@ -131,6 +133,14 @@ func (c EnsureConfig) ask(ctx context.Context) (Status, error) {
 
 func (c EnsureConfig) suits(s Status) bool {
 	return s.Version == c.Version && (c.Suffix == "" || s.Suffix == c.Suffix) && (c.MapID == 0 || s.MapID == c.MapID)
+}
+
+// found tells of a proxy that suits and returns its process number.
+func (c EnsureConfig) found(s Status) int {
+	if c.Told != nil {
+		c.Told(s)
+	}
+	return s.PID
 }
 
 // Ensure returns the process number of a proxy that is as cfg wants it. It starts one where none
@@ -158,7 +168,7 @@ func Ensure(ctx context.Context, cfg EnsureConfig) (pid int, err error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if st, err := cfg.ask(ctx); err == nil && cfg.suits(st) {
-		return st.PID, nil
+		return cfg.found(st), nil
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, cfg.Wait, fmt.Errorf("it does not answer after %v", cfg.Wait))
 	defer cancel()
@@ -171,7 +181,7 @@ func Ensure(ctx context.Context, cfg EnsureConfig) (pid int, err error) {
 	st, err := cfg.ask(ctx)
 	switch {
 	case err == nil && cfg.suits(st):
-		return st.PID, nil
+		return cfg.found(st), nil
 	case err == nil:
 		cfg.Log.InfoContext(ctx, "DNS proxy is replaced", "pid", st.PID, "version", st.Version, "want", cfg.Version)
 	case ctx.Err() != nil:
@@ -219,7 +229,7 @@ func start(ctx context.Context, cfg EnsureConfig) (int, error) {
 	for {
 		if st, err := cfg.ask(ctx); err == nil {
 			if cfg.suits(st) {
-				return st.PID, nil
+				return cfg.found(st), nil
 			}
 			last = st
 		}
@@ -228,7 +238,7 @@ func start(ctx context.Context, cfg EnsureConfig) (int, error) {
 		case err := <-ended:
 			// Another one may have taken over from it, if it came to serve.
 			if st, askErr := cfg.ask(ctx); askErr == nil && cfg.suits(st) {
-				return st.PID, nil
+				return cfg.found(st), nil
 			}
 			why = fmt.Errorf("it ended before it served: %w", or(err, errors.New("exit status 0")))
 		case <-ctx.Done():

@@ -27,7 +27,7 @@ type forwarder struct {
 
 	mu       sync.Mutex
 	inFlight int
-	share    map[uint64]int // of inFlight, by cgroup; 0 is everybody unknown
+	share    map[uint64]int // of inFlight, by cgroup
 	sources  map[source]int // where queries under way are sent from
 }
 

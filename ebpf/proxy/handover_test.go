@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -452,7 +453,11 @@ func TestHandOverAfterTheFirstIsGone(t *testing.T) {
 		}
 		c.Version = fmt.Sprint(i + 1)
 		next := ensure(t, c)
-		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10000); n != 1 || err != nil {
+		n := 0
+		for err = unix.EINTR; errors.Is(err, unix.EINTR); { // the runtime signals threads
+			n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10000)
+		}
+		if n != 1 || err != nil {
 			t.Fatalf("process %d does not end: %v", pid, err)
 		}
 		if err := unix.Close(fd); err != nil {

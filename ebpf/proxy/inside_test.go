@@ -346,7 +346,7 @@ func FuzzAnswer(f *testing.F) {
 			}
 			return found, strings.HasPrefix(name, "orders."), nil
 		}
-		out := answer(raw, tcp, "mesh", func() (Client, error) { return Client{Namespace: "default"}, nil }, names)
+		out := answer(raw, tcp, "mesh", func() (Client, bool, error) { return Client{Namespace: "default"}, true, nil }, names)
 		if out.kind == forward {
 			if out.query.msg == nil || len(out.query.msg.Question) != 1 || out.reply != nil {
 				t.Fatalf("a query to forward that nobody can compare: %+v", out)
@@ -435,7 +435,7 @@ func BenchmarkAnswer(b *testing.B) {
 	found := Addresses{V4: netip.MustParseAddr("198.18.0.1")}
 	b.ReportAllocs()
 	for b.Loop() {
-		out := answer(raw, false, "mesh", func() (Client, error) { return Client{Namespace: "default"}, nil },
+		out := answer(raw, false, "mesh", func() (Client, bool, error) { return Client{Namespace: "default"}, true, nil },
 			func(string) (Addresses, bool, error) { return found, true, nil })
 		if out.kind != answered {
 			b.Fatal(out.kind)

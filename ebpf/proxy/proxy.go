@@ -8,8 +8,8 @@
 // version take the sockets of an old one over without losing a query. Its heartbeat, in the map
 // dns_proxies, is what makes the hooks send port 53 here; when it stops, they stop by themselves.
 //
-// It never caches, never changes what it forwards, never writes a map other than dns_proxies, and
-// listens on loopback only.
+// It never caches, never changes what it forwards, never writes a map other than dns_proxies,
+// listens on loopback only, and answers nobody but the workloads that the hooks sent.
 package proxy
 
 import (
@@ -67,7 +67,8 @@ type Config struct {
 	// MaxInFlight bounds how many forwarded queries wait for an answer at once; the queries of one
 	// workload may take half of it. What finds no room is answered SERVFAIL. Zero means 512.
 	MaxInFlight int
-	// MaxConns bounds accepted TCP connections; one more is closed at once. Zero means 256.
+	// MaxConns bounds accepted TCP connections; one more is closed at once. Those of one workload may
+	// be half of it. Zero means 256.
 	MaxConns int
 	// Ready is called once, when the process serves and its first heartbeat is written. Nil is fine.
 	Ready func(Status)
@@ -220,7 +221,7 @@ type Status struct {
 	Upstreams []netip.AddrPort `json:"upstreams"`
 
 	// Queries that were received and well formed; each is also Answered from the mesh, Forwarded or
-	// Refused (by form: opcode, class, number of questions, zone transfer).
+	// Refused (by form: opcode, class, zone transfer; or because no hook had sent who asked).
 	Queries   uint64 `json:"queries"`
 	Answered  uint64 `json:"answered"`
 	Forwarded uint64 `json:"forwarded"`

@@ -28,7 +28,7 @@ func TestNames(t *testing.T) {
 		if shop.Load() {
 			return proxy.Client{Cgroup: 1, Namespace: "shop"}, true, nil
 		}
-		return proxy.Client{}, false, nil
+		return proxy.Client{Cgroup: 2}, true, nil
 	}
 	p := launch(t, proxy.Config{Tables: tab, Upstreams: []netip.AddrPort{elsewhere}})
 	for name, tc := range map[string]struct {
@@ -37,31 +37,31 @@ func TestNames(t *testing.T) {
 		shop  bool
 		want  string
 	}{
-		"a single label resolves in the default namespace for an unknown asker": {"orders.", dns.TypeA, false, "NOERROR 198.18.0.1"},
-		"a single label resolves in the namespace of the asker":                 {"orders.", dns.TypeA, true, "NOERROR 198.18.0.2"},
-		"AAAA gives the other family":                                           {"orders.", dns.TypeAAAA, false, "NOERROR fd69:6e6c:6179::1"},
-		"ANY gives both":                                                        {"orders.", dns.TypeANY, false, "NOERROR 198.18.0.1 fd69:6e6c:6179::1"},
-		"a name with its namespace":                                             {"orders.shop.", dns.TypeA, false, "NOERROR 198.18.0.2"},
-		"a name with namespace and suffix":                                      {"orders.shop.mesh.", dns.TypeA, false, "NOERROR 198.18.0.2"},
-		"a name with the suffix alone is one of the asker's namespace":          {"orders.mesh.", dns.TypeA, true, "NOERROR 198.18.0.2"},
-		"case does not matter":                                                  {"oRdErS.Shop.MESH.", dns.TypeA, false, "NOERROR 198.18.0.2"},
-		"a family that the service lacks is empty, not absent":                  {"four.", dns.TypeAAAA, false, "NOERROR ns:SOA:four."},
-		"the same under the suffix":                                             {"six.default.mesh.", dns.TypeA, false, "NOERROR ns:SOA:mesh."},
-		"a service without any address exists":                                  {"bare.default.mesh.", dns.TypeA, false, "NOERROR ns:SOA:mesh."},
-		"another type of a name that exists is empty":                           {"orders.default.mesh.", dns.TypeHTTPS, false, "NOERROR ns:SOA:mesh."},
-		"a name under the suffix that does not exist":                           {"nobody.default.mesh.", dns.TypeA, false, "NXDOMAIN ns:SOA:mesh."},
-		"SRV below a service does not exist":                                    {"_grpc._tcp.orders.default.mesh.", dns.TypeSRV, false, "NXDOMAIN ns:SOA:mesh."},
-		"the suffix itself exists":                                              {"mesh.", dns.TypeA, false, "NOERROR ns:SOA:mesh."},
-		"the suffix has an SOA":                                                 {"mesh.", dns.TypeSOA, false, "NOERROR SOA"},
-		"a service may bear the suffix's name":                                  {"mesh.", dns.TypeA, true, "NOERROR 198.18.0.7"},
-		"a single label that is no service is asked elsewhere":                  {"printer.", dns.TypeA, false, "NOERROR 203.0.113.1"},
-		"NAME.NAMESPACE that is no service is asked elsewhere":                  {"example.com.", dns.TypeA, false, "NOERROR 203.0.113.1"},
-		"three labels are asked elsewhere":                                      {"orders.default.example.", dns.TypeA, false, "NOERROR 203.0.113.1"},
-		"localhost is no service":                                               {"localhost.", dns.TypeA, false, "NOERROR 203.0.113.1"},
-		"an escaped dot is no dot":                                              {`orders\.shop.`, dns.TypeA, false, "NOERROR 203.0.113.1"},
-		"an escaped dot under the suffix does not exist":                        {`orders\.shop.mesh.`, dns.TypeA, false, "NXDOMAIN ns:SOA:mesh."},
-		"a map that cannot be read is SERVFAIL":                                 {"broken.", dns.TypeA, false, "SERVFAIL"},
-		"a zone is not told whole":                                              {"mesh.", dns.TypeAXFR, false, "REFUSED"},
+		"a single label resolves in the default namespace for one that has none": {"orders.", dns.TypeA, false, "NOERROR 198.18.0.1"},
+		"a single label resolves in the namespace of the asker":                  {"orders.", dns.TypeA, true, "NOERROR 198.18.0.2"},
+		"AAAA gives the other family":                                            {"orders.", dns.TypeAAAA, false, "NOERROR fd69:6e6c:6179::1"},
+		"ANY gives both":                                                         {"orders.", dns.TypeANY, false, "NOERROR 198.18.0.1 fd69:6e6c:6179::1"},
+		"a name with its namespace":                                              {"orders.shop.", dns.TypeA, false, "NOERROR 198.18.0.2"},
+		"a name with namespace and suffix":                                       {"orders.shop.mesh.", dns.TypeA, false, "NOERROR 198.18.0.2"},
+		"a name with the suffix alone is one of the asker's namespace":           {"orders.mesh.", dns.TypeA, true, "NOERROR 198.18.0.2"},
+		"case does not matter":                                                   {"oRdErS.Shop.MESH.", dns.TypeA, false, "NOERROR 198.18.0.2"},
+		"a family that the service lacks is empty, not absent":                   {"four.", dns.TypeAAAA, false, "NOERROR ns:SOA:four."},
+		"the same under the suffix":                                              {"six.default.mesh.", dns.TypeA, false, "NOERROR ns:SOA:mesh."},
+		"a service without any address exists":                                   {"bare.default.mesh.", dns.TypeA, false, "NOERROR ns:SOA:mesh."},
+		"another type of a name that exists is empty":                            {"orders.default.mesh.", dns.TypeHTTPS, false, "NOERROR ns:SOA:mesh."},
+		"a name under the suffix that does not exist":                            {"nobody.default.mesh.", dns.TypeA, false, "NXDOMAIN ns:SOA:mesh."},
+		"SRV below a service does not exist":                                     {"_grpc._tcp.orders.default.mesh.", dns.TypeSRV, false, "NXDOMAIN ns:SOA:mesh."},
+		"the suffix itself exists":                                               {"mesh.", dns.TypeA, false, "NOERROR ns:SOA:mesh."},
+		"the suffix has an SOA":                                                  {"mesh.", dns.TypeSOA, false, "NOERROR SOA"},
+		"a service may bear the suffix's name":                                   {"mesh.", dns.TypeA, true, "NOERROR 198.18.0.7"},
+		"a single label that is no service is asked elsewhere":                   {"printer.", dns.TypeA, false, "NOERROR 203.0.113.1"},
+		"NAME.NAMESPACE that is no service is asked elsewhere":                   {"example.com.", dns.TypeA, false, "NOERROR 203.0.113.1"},
+		"three labels are asked elsewhere":                                       {"orders.default.example.", dns.TypeA, false, "NOERROR 203.0.113.1"},
+		"localhost is no service":                                                {"localhost.", dns.TypeA, false, "NOERROR 203.0.113.1"},
+		"an escaped dot is no dot":                                               {`orders\.shop.`, dns.TypeA, false, "NOERROR 203.0.113.1"},
+		"an escaped dot under the suffix does not exist":                         {`orders\.shop.mesh.`, dns.TypeA, false, "NXDOMAIN ns:SOA:mesh."},
+		"a map that cannot be read is SERVFAIL":                                  {"broken.", dns.TypeA, false, "SERVFAIL"},
+		"a zone is not told whole":                                               {"mesh.", dns.TypeAXFR, false, "REFUSED"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			shop.Store(tc.shop)
@@ -503,5 +503,62 @@ func TestBadConfig(t *testing.T) {
 				t.Errorf("error %v: want one that says %q", err, tc.want)
 			}
 		})
+	}
+}
+
+// A process that no hook sent is told nothing, neither of the mesh nor of the world, and costs nobody
+// a question.
+func TestOthersOnTheMachineAreRefused(t *testing.T) {
+	elsewhere := resolver(t, func(dns.ResponseWriter, *dns.Msg) { t.Error("a stranger's question was forwarded") })
+	tab := newTables()
+	tab.who = func(netip.AddrPort, bool) (proxy.Client, bool, error) { return proxy.Client{}, false, nil }
+	p := launch(t, proxy.Config{Tables: tab, Upstreams: []netip.AddrPort{elsewhere}})
+	n := uint64(0)
+	for _, network := range []string{"udp", "tcp"} {
+		for _, at := range p.status.Addresses {
+			for _, name := range []string{"orders.", "orders.shop.mesh.", "nobody.default.mesh.", "example.com."} {
+				if s := got(ask(t, network, at, question(name, dns.TypeA))); s != "REFUSED" {
+					t.Errorf("%s %s: %s: got %q, want REFUSED", network, at, name, s)
+				}
+				n++
+			}
+		}
+	}
+	if s := p.ask(t); s.Refused != n || s.Queries != n || s.Answered+s.Forwarded != 0 {
+		t.Errorf("status %+v: want %d refused", s, n)
+	}
+}
+
+// One workload, or somebody whom no hook sent, holds at most half of the connections.
+func TestConnectionsAreShared(t *testing.T) {
+	tab := newTables()
+	var cgroup atomic.Uint64
+	tab.who = func(netip.AddrPort, bool) (proxy.Client, bool, error) {
+		return proxy.Client{Cgroup: cgroup.Load()}, cgroup.Load() != 0, nil
+	}
+	p := launch(t, proxy.Config{Tables: tab, MaxConns: 4})
+	at := p.status.Addresses[0].String()
+	served := func() bool {
+		t.Helper()
+		c, err := dns.DialTimeout("tcp", at, 10*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.WriteMsg(question("orders.", dns.TypeA)) // a closed connection may refuse it
+		_, err = c.ReadMsg()
+		return err == nil
+	}
+	for _, who := range []uint64{0, 7} {
+		cgroup.Store(who)
+		for i, want := range []bool{true, true, false} {
+			if got := served(); got != want {
+				t.Errorf("cgroup %d: connection %d served: %v, want %v", who, i, got, want)
+			}
+		}
+	}
+	if s := p.ask(t); s.Shed != 2 {
+		t.Errorf("shed %d: want 2", s.Shed)
 	}
 }

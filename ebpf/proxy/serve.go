@@ -138,10 +138,7 @@ func (s *server) handle(raw []byte, from netip.AddrPort, tcp bool, send func([]b
 		send(bare(raw, dns.RcodeServerFailure))
 		return true
 	}
-	out := answer(raw, tcp, s.cfg.Suffix, func() (Client, error) {
-		c, _, err := s.cfg.Tables.Client(from, tcp)
-		return c, err
-	}, s.cfg.Tables.Name)
+	out := answer(raw, tcp, s.cfg.Suffix, func() (Client, bool, error) { return s.cfg.Tables.Client(from, tcp) }, s.cfg.Tables.Name)
 	if out.kind != malformed {
 		s.count.queries.Add(1)
 	}
@@ -188,14 +185,25 @@ func (s *server) handle(raw []byte, from netip.AddrPort, tcp bool, send func([]b
 	return true
 }
 
-// adopt counts a connection in, unless there are too many.
+// adopt counts a connection in, unless there are too many, or too many of one workload: it, or somebody
+// whom no hook sent, must not be able to take the names of the others away.
 func (s *server) adopt(c *net.TCPConn) bool {
+	var who Client // strangers are one, cgroup 0; so is one whose map cannot be read
+	if from, ok := addrPort(c.RemoteAddr()); ok {
+		who, _, _ = s.cfg.Tables.Client(from, true)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.open) >= s.cfg.MaxConns {
+	mine := 0
+	for _, cgroup := range s.open {
+		if cgroup == who.Cgroup {
+			mine++
+		}
+	}
+	if len(s.open) >= s.cfg.MaxConns || mine >= max(1, s.cfg.MaxConns/2) {
 		return false
 	}
-	s.open[c] = struct{}{}
+	s.open[c] = who.Cgroup
 	return true
 }
 

@@ -43,8 +43,8 @@ type server struct {
 	given   bool       // the sockets are another's; guarded by passing
 
 	mu      sync.Mutex
-	leaving bool // no hand-over may pass its middle
-	open    map[*net.TCPConn]struct{}
+	leaving bool                    // no hand-over may pass its middle
+	open    map[*net.TCPConn]uint64 // to the cgroup
 	talks   map[*net.UnixConn]struct{}
 	closing bool
 }
@@ -124,7 +124,7 @@ func newServer(cfg Config, socks *sockets) (*server, error) {
 		ups:   &upstreams{fixed: cfg.Upstreams, path: cfg.ResolvConf, clock: cfg.Clock, log: cfg.Log},
 		end:   make(chan struct{}),
 		gone:  make(chan struct{}),
-		open:  map[*net.TCPConn]struct{}{},
+		open:  map[*net.TCPConn]uint64{},
 		talks: map[*net.UnixConn]struct{}{},
 	}
 	if cfg.Maps != nil {

@@ -96,12 +96,16 @@ type MapUsage struct {
 	Refused uint64
 }
 
-// Usage of the maps that a Table writes, by name. Maps that programs fill are not among them.
+// Usage of the maps that a Table writes, by name, then of those that programs fill, as Count found
+// them last.
 func (t *Table) Usage() []MapUsage {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
 	var out []MapUsage
 	t.ledgers(func(u MapUsage, _ *bool) { out = append(out, u) })
+	for _, f := range t.filled {
+		out = append(out, f.usage())
+	}
 	return out
 }
 
@@ -127,13 +131,15 @@ func (l *ledger[K, V]) usage() (MapUsage, *bool) {
 
 // warn tells of maps that are nearly full, once until they are less so.
 func (t *Table) warn() {
-	t.ledgers(func(u MapUsage, warned *bool) {
-		full := u.Entries*10 >= u.Capacity*9
-		if full && !*warned {
-			t.log.Warn("map is nearly full", "map", u.Name, "entries", u.Entries, "capacity", u.Capacity, "refused", u.Refused)
-		}
-		if full || u.Entries*10 < u.Capacity*8 {
-			*warned = full
-		}
-	})
+	t.ledgers(t.warnOf)
+}
+
+func (t *Table) warnOf(u MapUsage, warned *bool) {
+	full := u.Entries*10 >= u.Capacity*9
+	if full && !*warned {
+		t.log.Warn("map is nearly full", "map", u.Name, "entries", u.Entries, "capacity", u.Capacity, "refused", u.Refused)
+	}
+	if full || u.Entries*10 < u.Capacity*8 {
+		*warned = full
+	}
 }

@@ -25,7 +25,7 @@ type FullError struct {
 func (e *FullError) Error() string {
 	remedy := "the next commit tries again"
 	if errors.Is(e.Err, syscall.E2BIG) || errors.Is(e.Err, syscall.ENOSPC) { // ENOSPC: of a trie
-		remedy = "start the agent with a larger size of this map, or remove services or policies"
+		remedy = fmt.Sprintf("remove services or policies, or give the agent --map-size %s=N and start it after inlay node cleanup", e.Map)
 	}
 	return fmt.Sprintf("map %q: %d of %d entries used: %d not written, first %s: %v: %s",
 		e.Map, e.Entries, e.Capacity, e.Lost, e.First, e.Err, remedy)

@@ -38,6 +38,7 @@ func kernelContents(m *bpfobj.InlayMaps) contents {
 		cidrs:      kernel[bpfobj.InlayCidrKey, uint32](bpfobj.InlayMapCidrs, m.Cidrs),
 		names:      kernel[bpfobj.InlayNameKey, bpfobj.InlayName](bpfobj.InlayMapNames, m.Names),
 		gone:       kernel[bpfobj.InlayGoneKey, uint8](bpfobj.InlayMapGone, m.Gone),
+		filled:     kernelFilled(m),
 		settle:     settle,
 	}
 }

@@ -232,7 +232,7 @@ func TestKernelMapsFull(t *testing.T) {
 			if !errors.As(err, &e) || e.Map != name || !slices.Equal(c.Closed, []uint64{billing.Number()}) {
 				t.Fatalf("change %+v, error %v: want billing closed for want of %s", c, err, name)
 			}
-			if !strings.Contains(err.Error(), "larger size") {
+			if !strings.Contains(err.Error(), "--map-size") {
 				t.Errorf("error %v: want the remedy", err)
 			}
 			n := loadNode(t, maps)

@@ -35,6 +35,7 @@ type contents struct {
 	cidrs      Map[bpfobj.InlayCidrKey, uint32]
 	names      Map[bpfobj.InlayNameKey, bpfobj.InlayName]
 	gone       Map[bpfobj.InlayGoneKey, uint8]
+	filled     []Counted // that programs fill
 	// settle returns when no program that began before still runs; nil where none reads the maps.
 	settle func()
 }

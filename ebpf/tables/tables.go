@@ -112,6 +112,9 @@ type Table struct {
 	wantLocal     map[bpfobj.InlayLocalKey]uint8
 	gone          mirror[bpfobj.InlayGoneKey, uint8]
 
+	filled   []*filled  // that programs fill
+	counting sync.Mutex // held while Count reads; before mu
+
 	policies map[string]*policySet // by NAMESPACE/SERVICE
 	hosts    map[uint64]int        // workloads of this node by identity
 	subjects subjects
@@ -141,6 +144,9 @@ func newTable(c contents, cfg Config) (*Table, error) {
 		wantLocal:     make(map[bpfobj.InlayLocalKey]uint8),
 		policies:      make(map[string]*policySet),
 		hosts:         make(map[uint64]int),
+	}
+	for _, m := range c.filled {
+		t.filled = append(t.filled, &filled{Counted: m})
 	}
 	t.idents.init()
 	t.rules.init()
