@@ -45,7 +45,10 @@ func (f *nodeFlags) newAgent(p places, node workload.Config, stderr io.Writer) (
 	cfg := ebpf.Config{
 		Cgroup: f.agent.cgroup, RunDir: p.run, StateDir: f.stateDir, ControlPlane: node.ControlPlane, TrustDomain: node.TrustDomain,
 		NodeAddresses: node.NodeAddresses, Metrics: f.agent.metrics, AllowUnmanaged: f.agent.allowUnmanaged,
-		Version: versionText(), Log: node.Log.With("part", "agent"),
+		Stats: f.agent.stats, Version: versionText(), Log: node.Log.With("part", "agent"),
+	}
+	if cfg.MapSizes, err = f.agent.sizes(); err != nil {
+		return nil, err
 	}
 	if f.devUser > 0 {
 		cfg.FlowsUID = uint32(f.devUser)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/inlay-mesh/inlay/ebpf/load"
+	"github.com/inlay-mesh/inlay/ebpf/proxy"
 )
 
 // clean takes away what the demo made and then looks whether anything of it is left: a pin, a cgroup
@@ -37,7 +38,7 @@ func (d *legacyDemo) clean() error {
 	note(err)
 	if d.dev != nil { // it outlives the node
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		_, err = stopProxy(ctx, d.dev.places.proxySocket())
+		_, err = stopProxy(ctx, d.dev.places.proxySocket(), func(proxy.Status) bool { return true })
 		cancel()
 		note(err)
 	}

@@ -138,7 +138,7 @@ func runLegacyDemo(ctx context.Context, length time.Duration, out format, stdout
 	if d.dev, err = newDev(devFlags{
 		config: config, data: filepath.Join(d.dir, "data"), runDir: filepath.Join(d.dir, "run"), trustDomain: "inlay.local",
 		xdsMTLSAddr: "127.0.0.1:0", adminAddr: "127.0.0.1:0", svidTTL: time.Hour,
-		agent: agentFlags{ebpf: true, cgroup: d.cgroup, metrics: "127.0.0.1:0", suffix: "mesh"},
+		agent: agentFlags{ebpf: true, cgroup: d.cgroup, metrics: "127.0.0.1:0", suffix: "mesh", stats: true},
 		users: []string{fmt.Sprintf("%d=*", account.uid)},
 	}, stdout, stderr); err != nil {
 		return err

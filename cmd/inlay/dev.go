@@ -92,6 +92,9 @@ func (f *devFlags) check(c *cobra.Command) error {
 	if _, err := f.agent.addresses(); err != nil {
 		return err
 	}
+	if _, err := f.agent.sizes(); err != nil {
+		return err
+	}
 	if _, err := parseUsers(f.users, -1); err != nil {
 		return err
 	}

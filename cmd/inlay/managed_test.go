@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/inlay-mesh/inlay/ebpf/load"
+	"github.com/inlay-mesh/inlay/ebpf/proxy"
 	"github.com/inlay-mesh/inlay/xds/meshpb/nodepb"
 )
 
@@ -132,22 +134,42 @@ func TestManagedProgramIsStartedInside(t *testing.T) {
 	a := account{uid: 65534, gid: 65533, groups: []uint32{7, 4711}, name: "ghost", home: "/nowhere", shell: "/bin/ghost"}
 	t.Setenv("SUDO_UID", "1000")
 	t.Setenv("HOME", "/root")
-	p, output := startIn(t, dir, a, "/bin/sh", "-c", "cat /proc/self/cgroup /proc/self/status; env")
+	t.Setenv("SUDO_ASKPASS", "/root/askpass")
+	// A socket that whoever called `inlay run` left open, and capabilities that files could pick up.
+	open, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(open)
+	runtime.LockOSThread() // ends with the goroutine: the thread is not given back
+	var data [2]unix.CapUserData
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		t.Fatal(err)
+	}
+	data[0].Inheritable = data[0].Permitted
+	if err := unix.Capset(&hdr, &data[0]); err != nil {
+		t.Fatal(err)
+	}
+	p, output := startIn(t, dir, a, "/bin/sh", "-c", "cat /proc/self/cgroup /proc/self/status; env; ls -l /proc/self/fd")
 	if st, err := p.Wait(); err != nil || !st.Success() {
 		t.Fatalf("%v, %v", st, err)
 	}
 	out := output()
 	for _, want := range []string{
 		"/" + filepath.Base(dir) + "\n", "Uid:\t65534\t65534\t65534\t65534\n", "Gid:\t65533\t65533\t65533\t65533\n", "Groups:\t7 4711 \n",
-		"CapEff:\t0000000000000000\n", "HOME=/nowhere\n", "USER=ghost\n", "LOGNAME=ghost\n", "SHELL=/bin/ghost\n", "INLAY_SERVICE=cart\n",
+		"CapInh:\t0000000000000000\n", "CapPrm:\t0000000000000000\n", "CapEff:\t0000000000000000\n", "CapAmb:\t0000000000000000\n", "HOME=/nowhere\n", "USER=ghost\n", "LOGNAME=ghost\n", "SHELL=/bin/ghost\n", "INLAY_SERVICE=cart\n",
 		"SPIFFE_ENDPOINT_SOCKET=unix:///w\n",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}
 	}
-	if strings.Contains(out, "SUDO_UID") {
+	if strings.Contains(out, "SUDO_") {
 		t.Errorf("the caller of sudo shows in\n%s", out)
+	}
+	if strings.Contains(out, "socket:[") {
+		t.Errorf("a socket of outside the cgroup came along in\n%s", out)
 	}
 }
 
@@ -431,4 +453,52 @@ func TestMain(m *testing.M) {
 		main()
 	}
 	os.Exit(m.Run())
+}
+
+// Taking one agent away leaves the DNS proxy of another, which has the same run directory by default.
+func TestCleanupStopsItsOwnProxyOnly(t *testing.T) {
+	missing := filepath.Join(t.TempDir(), "pins")
+	for name, tc := range map[string]struct {
+		flags pinFlags
+		want  bool
+	}{
+		"the default agent, whose pins are gone already":       {pinFlags{}, true},
+		"another cgroup, whose pins are gone":                  {pinFlags{cgroup: "inlay-test"}, false},
+		"another cgroup, whose run directory the caller names": {pinFlags{cgroup: "inlay-test", runDir: "/run/other"}, true},
+	} {
+		if got := ownProxy(missing, tc.flags)(proxy.Status{MapID: 7}); got != tc.want {
+			t.Errorf("%s: %v, want %v", name, got, tc.want)
+		}
+	}
+	// With pins, the maps decide.
+	dir := cgroup(t)
+	pin := filepath.Join(load.BPFFS, "inlay-test-"+filepath.Base(dir))
+	set, err := load.Open(load.Config{Cgroup: dir, Pin: pin}, nil)
+	needs(t, err == nil, fmt.Sprintf("programs cannot be loaded: %v", err))
+	defer func() {
+		if _, err := load.Cleanup(pin); err != nil {
+			t.Error(err)
+		}
+	}()
+	id, err := proxy.MapID(set.Maps())
+	if err := errors.Join(err, set.Close()); err != nil {
+		t.Fatal(err)
+	}
+	mine := ownProxy(pin, pinFlags{})
+	if !mine(proxy.Status{MapID: id}) || mine(proxy.Status{MapID: id + 1}) {
+		t.Errorf("maps %d: want the proxy that uses them, and no other", id)
+	}
+}
+
+func TestMapSizes(t *testing.T) {
+	got, err := agentFlags{mapSizes: []string{"policies=2097152", "peers=10"}}.sizes()
+	if err != nil || len(got) != 2 || got["policies"] != 2097152 || got["peers"] != 10 {
+		t.Errorf("%v, %v", got, err)
+	}
+	for _, bad := range []string{"", "policies", "=5", "policies=", "policies=0", "policies=-1", "policies=4294967296"} {
+		var coded *exitError
+		if _, err := (agentFlags{mapSizes: []string{bad}}).sizes(); !errors.As(err, &coded) || coded.code != exitUsage {
+			t.Errorf("%q: %v, want a usage error", bad, err)
+		}
+	}
 }

@@ -34,6 +34,8 @@ type agentFlags struct {
 	suffix         string
 	noDNS          bool
 	allowUnmanaged bool
+	mapSizes       []string
+	stats          bool
 }
 
 func (f *agentFlags) flags(c *cobra.Command) {
@@ -43,6 +45,8 @@ func (f *agentFlags) flags(c *cobra.Command) {
 	c.Flags().StringVar(&f.metrics, "metrics-addr", "127.0.0.1:15090", "with --ebpf: Prometheus metrics, loopback only; off: none")
 	c.Flags().StringVar(&f.suffix, "dns-suffix", "mesh", "with --ebpf: the suffix in which NAME.NAMESPACE resolves")
 	c.Flags().BoolVar(&f.noDNS, "no-dns", false, "with --ebpf: leave port 53 alone; services are reached by address only")
+	c.Flags().BoolVar(&f.stats, "program-stats", true, "with --ebpf: have the kernel count runs and run time of programs, about 20 ns a run, of all programs of the machine")
+	c.Flags().StringArrayVar(&f.mapSizes, "map-size", nil, "with --ebpf: NAME=ENTRIES of a map that is made, as policies=2097152; one that is pinned keeps its size until inlay node cleanup; may be repeated")
 	c.Flags().BoolVar(&f.allowUnmanaged, "allow-unmanaged", false, "with --ebpf: where programs cannot be loaded say so and run on without them")
 }
 
@@ -51,12 +55,15 @@ func (f agentFlags) args() []string {
 	if !f.ebpf {
 		return nil
 	}
-	out := []string{"--ebpf", "--metrics-addr", f.metrics, "--dns-suffix", f.suffix}
+	out := []string{"--ebpf", "--metrics-addr", f.metrics, "--dns-suffix", f.suffix, fmt.Sprintf("--program-stats=%t", f.stats)}
 	if f.cgroup != "" {
 		out = append(out, "--cgroup", f.cgroup)
 	}
 	for _, a := range f.nodeAddresses {
 		out = append(out, "--node-address", a)
+	}
+	for _, m := range f.mapSizes {
+		out = append(out, "--map-size", m)
 	}
 	if f.noDNS {
 		out = append(out, "--no-dns")
@@ -80,12 +87,29 @@ func (f agentFlags) addresses() ([]netip.Addr, error) {
 	return out, nil
 }
 
+// sizes reads --map-size; which maps there are, the loader knows.
+func (f agentFlags) sizes() (map[string]uint32, error) {
+	var out map[string]uint32
+	for _, s := range f.mapSizes {
+		name, text, ok := strings.Cut(s, "=")
+		n, err := strconv.ParseUint(text, 10, 32)
+		if !ok || name == "" || err != nil || n == 0 {
+			return nil, usageError(fmt.Errorf("--map-size %q: want NAME=ENTRIES, as policies=2097152", s))
+		}
+		if out == nil {
+			out = map[string]uint32{}
+		}
+		out[name] = uint32(n)
+	}
+	return out, nil
+}
+
 // check refuses flags of the agent where there is none.
 func (f agentFlags) check(c *cobra.Command) error {
 	if f.ebpf {
 		return nil
 	}
-	for _, name := range []string{"cgroup", "node-address", "metrics-addr", "dns-suffix", "no-dns", "allow-unmanaged"} {
+	for _, name := range []string{"cgroup", "node-address", "metrics-addr", "dns-suffix", "no-dns", "allow-unmanaged", "map-size", "program-stats", "state-dir"} {
 		if c.Flags().Changed(name) {
 			return usageError(fmt.Errorf("--%s is the node agent's: pass --ebpf too", name))
 		}
@@ -147,6 +171,9 @@ func (f *nodeFlags) run(c *cobra.Command) error {
 		Log: f.log.logger(c.ErrOrStderr()).With("daemon", "node"),
 	}
 	if cfg.NodeAddresses, err = f.agent.addresses(); err != nil {
+		return err
+	}
+	if _, err = f.agent.sizes(); err != nil {
 		return err
 	}
 	ready := func(n *workload.Node) error {

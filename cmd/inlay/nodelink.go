@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
@@ -47,15 +48,17 @@ func (l *nodeLink) start(ctx context.Context) (*nodepb.Started, error) {
 	conn, err := grpc.NewClient("passthrough:///node", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", l.socket)
+		}),
+		// A node that was away for an hour is found within two seconds of its return.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: 5 * time.Second,
 		}))
 	if err != nil {
 		return nil, fmt.Errorf("node: %w", err)
 	}
 	l.conn = conn
-	patience := 10 * time.Second
-	if l.reg.managed != nil {
-		patience = 30 * time.Second // the node waits for the policies of the service, at most 20 s
-	}
+	patience := l.patience()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	started, err := l.open(ctx)
@@ -72,6 +75,14 @@ func (l *nodeLink) start(ctx context.Context) (*nodepb.Started, error) {
 		}
 	}
 	return started, nil
+}
+
+// patience is how long a registration may take.
+func (l *nodeLink) patience() time.Duration {
+	if l.reg.managed != nil {
+		return 30 * time.Second // the node waits for the policies of the service, at most 20 s
+	}
+	return 10 * time.Second
 }
 
 // open opens the stream and says everything again. ctx bounds the opening, not the stream.
@@ -145,18 +156,24 @@ func (l *nodeLink) keep(ctx context.Context) {
 		}
 		say(os.Stderr, "the node went away (%s); registering again until it is back", status.Convert(err).Message())
 		l.endDrain()
+		told := ""
 		for wait := 50 * time.Millisecond; ; wait = min(2*wait, 2*time.Second) {
 			select {
 			case <-ctx.Done():
 				return
 			case <-time.After(wait/2 + rand.N(wait)):
 			}
-			bounded, cancel := context.WithTimeout(ctx, 5*time.Second)
+			bounded, cancel := context.WithTimeout(ctx, l.patience())
 			_, err := l.open(bounded)
 			cancel()
 			if err == nil {
 				say(os.Stderr, "registered again")
 				break
+			}
+			// One that answers and refuses will go on to: who looks after the program must know why.
+			if s := status.Convert(err); s.Code() != codes.Unavailable && s.Message() != told && ctx.Err() == nil {
+				told = s.Message()
+				say(os.Stderr, "not registered again: %s; trying on", told)
 			}
 		}
 	}

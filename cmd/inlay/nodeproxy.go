@@ -77,13 +77,16 @@ func parseResolver(s string) (netip.AddrPort, error) {
 	return a, nil
 }
 
-// stopProxy ends the DNS proxy whose control socket is at path; false when none runs.
-func stopProxy(ctx context.Context, path string) (bool, error) {
-	switch _, err := proxy.Ask(ctx, path); {
+// stopProxy ends the DNS proxy whose control socket is at path; false when none runs, or the one that
+// does is not meant.
+func stopProxy(ctx context.Context, path string, meant func(proxy.Status) bool) (bool, error) {
+	switch s, err := proxy.Ask(ctx, path); {
 	case errors.Is(err, proxy.ErrNotRunning):
 		return false, nil
 	case err != nil:
 		return false, err
+	case !meant(s):
+		return false, nil
 	}
 	return true, proxy.Stop(ctx, path)
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/inlay-mesh/inlay/ebpf/bpfobj"
 	"github.com/inlay-mesh/inlay/ebpf/load"
+	"github.com/inlay-mesh/inlay/ebpf/proxy"
 )
 
 func nodeProbeCommand() *cobra.Command {
@@ -131,6 +132,7 @@ while the agent runs; a second time it finds nothing.`,
 			if err != nil {
 				return err
 			}
+			mine := ownProxy(pin, f)
 			removed, err := load.Cleanup(pin)
 			for _, name := range removed {
 				fmt.Fprintln(c.OutOrStdout(), "removed", filepath.Join(pin, name))
@@ -138,7 +140,7 @@ while the agent runs; a second time it finds nothing.`,
 			if errors.Is(err, load.ErrBusy) {
 				return coded(err) // nothing was touched, nor is anything else
 			}
-			stopped, e := stopProxy(c.Context(), p.proxySocket())
+			stopped, e := stopProxy(c.Context(), p.proxySocket(), mine)
 			if stopped {
 				fmt.Fprintln(c.OutOrStdout(), "stopped the DNS proxy at", p.proxySocket())
 			}
@@ -155,6 +157,18 @@ while the agent runs; a second time it finds nothing.`,
 	}
 	f.flags(cmd)
 	return cmd
+}
+
+// ownProxy tells the DNS proxy of the agent that left these pins from that of another agent of this
+// machine, which uses the same run directory by default.
+func ownProxy(pin string, f pinFlags) func(proxy.Status) bool {
+	maps, err := load.OpenMaps(pin)
+	if err != nil { // no pins are left to compare with: the one in the directory that was named, or of the default agent
+		return func(proxy.Status) bool { return f.runDir != "" || f.cgroup == "" }
+	}
+	defer func() { _ = maps.Close() }()
+	id, err := proxy.MapID(maps)
+	return func(s proxy.Status) bool { return err != nil || s.MapID == id }
 }
 
 // removeCgroups removes the managed cgroup and those below it, the deepest first, as far as they are
@@ -196,8 +210,8 @@ func nodeBreakglassCommand() *cobra.Command {
 		Short: "Allow every connection of managed programs at once, whatever the policies say",
 		Long: `With on, one write makes the programs in the kernel allow every connection of every managed program;
 with off they decide by policy again. It works while the agent and the control plane are away. Addresses
-and names go on as they were. The agent writes each change into its log, with flows marked so; without
-an argument the verb says what holds now.`,
+and names go on as they were. The verb and the agent each write the change into their log, as a warning,
+and the metric inlay_breakglass is 1; without an argument the verb says what holds now.`,
 		Example: "  inlay node breakglass\n  sudo inlay node breakglass on\n  sudo inlay node breakglass off",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 || len(args) == 1 && args[0] != "on" && args[0] != "off" {

@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -253,8 +255,44 @@ func startProgram(path string, args []string, reg registration, started *nodepb.
 			Credential: &syscall.Credential{Uid: m.account.uid, Gid: m.account.gid, Groups: m.account.groups},
 		}
 		base = m.account.environment(base)
+		return startApart(path, args, attr, environment(base, reg, started.WorkloadSocket, started.ControlPlane))
 	}
 	attr.Env = environment(base, reg, started.WorkloadSocket, started.ControlPlane)
+	return os.StartProcess(path, args, attr)
+}
+
+// startApart starts a managed program so that it has nothing of root's but what it was given: its
+// three descriptors and the environment.
+func startApart(path string, args []string, attr *os.ProcAttr, env []string) (*os.Process, error) {
+	// A socket that a caller of `inlay run` left open would be one of outside the cgroup, for ever.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("descriptors of the caller: %w", err)
+	}
+	// The fork takes the capabilities of its thread. "If the UIDs change from 0 to nonzero, all
+	// capabilities are cleared from the permitted, effective and ambient sets" (capabilities(7)), and
+	// the inheritable ones are not: files that have them set would give them to the program.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var data [2]unix.CapUserData
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	err := unix.Capget(&hdr, &data[0])
+	if err == nil && data[0].Inheritable|data[1].Inheritable != 0 {
+		data[0].Inheritable, data[1].Inheritable = 0, 0
+		err = unix.Capset(&hdr, &data[0])
+	}
+	if err != nil {
+		return nil, fmt.Errorf("inheritable capabilities: %w", err)
+	}
+	// With these the change of user would leave it root's capabilities.
+	bits, err := unix.PrctlRetInt(unix.PR_GET_SECUREBITS, 0, 0, 0, 0)
+	const kept = 1<<2 | 1<<4 // SECBIT_NO_SETUID_FIXUP, SECBIT_KEEP_CAPS
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("secure bits: %w", err)
+	case bits&kept != 0 && attr.Sys.Credential.Uid != 0:
+		return nil, fmt.Errorf("secure bits %#x of this process keep root's capabilities over a change of user: run it without them (capsh --print shows them)", bits)
+	}
+	attr.Env = env
 	return os.StartProcess(path, args, attr)
 }
 

@@ -113,7 +113,7 @@ func (a account) environment(base []string) []string {
 	if a.name == "" {
 		set["USER"], set["LOGNAME"] = strconv.Itoa(int(a.uid)), strconv.Itoa(int(a.uid))
 	}
-	drop := []string{"SUDO_UID", "SUDO_GID", "SUDO_USER", "SUDO_COMMAND", "SUDO_HOME", "MAIL"}
+	drop := []string{"MAIL"}
 	if a.uid != 0 {
 		drop = append(drop, "XDG_RUNTIME_DIR", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")
 		if dir := fmt.Sprintf("/run/user/%d", a.uid); isDir(dir) {
@@ -123,7 +123,7 @@ func (a account) environment(base []string) []string {
 	env := slices.DeleteFunc(slices.Clone(base), func(kv string) bool {
 		k, _, _ := strings.Cut(kv, "=")
 		_, ours := set[k]
-		return ours || slices.Contains(drop, k)
+		return ours || strings.HasPrefix(k, "SUDO_") || slices.Contains(drop, k)
 	})
 	for k, v := range set {
 		env = append(env, k+"="+v)
