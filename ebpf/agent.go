@@ -50,6 +50,7 @@ const (
 const (
 	workloadsFile = "workloads.json"
 	cacheFile     = "node.xds"
+	confirmedFile = "confirmed"
 )
 
 // DefaultMetrics is where metrics are served unless Config says otherwise.

@@ -41,7 +41,7 @@ func (a *Agent) attach(ctx context.Context) error {
 	}
 	cache := a.openCache()
 	if cache != nil {
-		a.confirmed = cache.Meta().Written
+		a.confirmed = a.loadConfirmed(cache)
 	}
 	cg, err := a.rooms.cgroups(root)
 	if err != nil {
@@ -304,6 +304,7 @@ func (a *Agent) countLoop(ctx context.Context) error {
 // watchLoop keeps an eye on what others change: breakglass, the connection, room in the maps.
 func (a *Agent) watchLoop(ctx context.Context) error {
 	next := a.cfg.Clock.Now()
+	was := false // the control plane stood by the configuration
 	a.every(ctx, time.Second, func() {
 		on, err := a.set.Breakglass()
 		a.mu.Lock()
@@ -314,9 +315,14 @@ func (a *Agent) watchLoop(ctx context.Context) error {
 			a.log.WarnContext(ctx, "breakglass flipped", "allow_all", on) // the audit: seen at every level but error
 		}
 		now := a.cfg.Clock.Now()
-		if a.synced && a.client.Connected() {
+		is := a.synced && a.client.Connected()
+		if is {
 			a.confirmed = now
 		}
+		if was && !is || is && !now.Before(next) {
+			a.once(ctx, "confirmed", a.saveConfirmed(), "age of the configuration is not kept")
+		}
+		was = is
 		if now.Before(next) {
 			return
 		}

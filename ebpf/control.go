@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -73,6 +74,28 @@ func (a *Agent) openCache() *xds.Cache {
 		return nil
 	}
 	return c
+}
+
+// loadConfirmed is when the control plane last stood by what is in the cache. The cache itself only
+// knows when it was written, which is some seconds after a change and says nothing about the time since.
+func (a *Agent) loadConfirmed(cache *xds.Cache) time.Time {
+	b, err := os.ReadFile(filepath.Join(a.cfg.StateDir, confirmedFile))
+	if err == nil {
+		var t time.Time
+		if t, err = time.Parse(time.RFC3339Nano, strings.TrimSpace(string(b))); err == nil && !t.After(a.cfg.Clock.Now()) {
+			return t
+		}
+	}
+	return cache.Meta().Written
+}
+
+// saveConfirmed keeps it for the next agent, which may find no control plane. The lock is held.
+func (a *Agent) saveConfirmed() error {
+	text := a.confirmed.UTC().Format(time.RFC3339Nano) + "\n"
+	if err := replaceFile(filepath.Join(a.cfg.StateDir, confirmedFile), []byte(text)); err != nil {
+		return fmt.Errorf("state: %w", err)
+	}
+	return nil
 }
 
 // newClient makes the client of the control plane, at rest.

@@ -117,3 +117,44 @@ func TestHandoverComesBeforeTheOldLayoutGoes(t *testing.T) {
 	}
 	r.check("1", 16)
 }
+
+// What was counted goes on over a change of layout, but for what speaks of the records of the old ring: made =
+// kept + lost holds for the new one from its first record.
+func TestCountersOfAnotherLayout(t *testing.T) {
+	r := newRoom(t)
+	s := r.open(r.cfg, version(16))
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range uint32(bpfobj.InlayCounterCOUNT_RETRANSMITS) + 1 {
+		each := make([]uint64, cpus)
+		for cpu := range each {
+			each[cpu] = uint64(100*i) + uint64(cpu) + 1
+		}
+		if err := s.Maps().Counters.Put(i, each); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Close()
+
+	for _, layout := range []string{"2", "1"} {
+		s := r.open(r.with(layout), version(17))
+		for i := range uint32(bpfobj.InlayCounterCOUNT_RETRANSMITS) + 1 {
+			var each []uint64
+			if err := s.Maps().Counters.Lookup(i, &each); err != nil {
+				t.Fatal(err)
+			}
+			for cpu, got := range each {
+				want := uint64(100*i) + uint64(cpu) + 1
+				if i == uint32(bpfobj.InlayCounterCOUNT_MADE) || i == uint32(bpfobj.InlayCounterCOUNT_LOST) {
+					want = 0
+				}
+				if got != want {
+					t.Errorf("layout %s: counter %d of CPU %d = %d, want %d", layout, i, cpu, got, want)
+				}
+			}
+		}
+		s.Close()
+	}
+}

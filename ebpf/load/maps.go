@@ -25,12 +25,13 @@ const (
 	fresh    = "-new" // ends the name of a pin that is about to replace another
 )
 
-// kept are the maps that hold what only this kernel knows: what programs and the DNS proxy wrote, what was
-// counted, and what an operator set. A new layout goes on with the very same maps where their shape did
-// not change: old and new programs see each other's entries, so nothing falls between them. The
-// others are the agent's: they are created anew and filled. So are the records, whose shape no map tells.
+// kept are the maps that hold what only this kernel knows: what programs and the DNS proxy wrote, and what
+// an operator set. A new layout goes on with the very same maps where their shape did not change: old and
+// new programs see each other's entries, so nothing falls between them. The others are the agent's:
+// they are created anew and filled. So are the records, whose shape no map tells, and with them the
+// counters, of which two are about that ring: the others are carried over (see carryCounters).
 var kept = []string{
-	bpfobj.InlayMapSettingsMap, bpfobj.InlayMapCounters, bpfobj.InlayMapSockets, bpfobj.InlayMapPeers,
+	bpfobj.InlayMapSettingsMap, bpfobj.InlayMapSockets, bpfobj.InlayMapPeers,
 	bpfobj.InlayMapListeners, bpfobj.InlayMapTold, bpfobj.InlayMapUdpPeers, bpfobj.InlayMapUdpFlows,
 	bpfobj.InlayMapUdpReverse, bpfobj.InlayMapDnsClients, bpfobj.InlayMapDnsProxies,
 }
@@ -169,6 +170,44 @@ func keep(name string, spec *ebpf.MapSpec, others []string) (*ebpf.Map, error) {
 		return again, nil
 	}
 	return nil, nil
+}
+
+// ofRing are the counters that speak of the records of one ring. Those of a new ring begin at 0, or made =
+// kept + lost would not hold.
+var ofRing = []bpfobj.InlayCounter{bpfobj.InlayCounterCOUNT_MADE, bpfobj.InlayCounterCOUNT_LOST}
+
+// carryCounters lets the counters of a new layout go on from those of the newest other one, except for
+// ofRing. No program may write to them yet. A counter that the other layout did not have stays as it
+// is.
+func carryCounters(to *ebpf.Map, others []string) error {
+	for _, dir := range others {
+		path := filepath.Join(dir, mapsDir, bpfobj.InlayMapCounters)
+		from, err := ebpf.LoadPinnedMap(path, nil)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("pinned map %s: %w", path, err)
+		}
+		defer from.Close()
+		if from.Type() != to.Type() || from.KeySize() != to.KeySize() || from.ValueSize() != to.ValueSize() {
+			return fmt.Errorf("pinned map %s: another shape", path)
+		}
+		for i := range min(from.MaxEntries(), to.MaxEntries()) {
+			if slices.Contains(ofRing, bpfobj.InlayCounter(i)) {
+				continue
+			}
+			var each []uint64 // by CPU
+			if err := from.Lookup(i, &each); err != nil {
+				return fmt.Errorf("pinned map %s: counter %d: %w", path, i, err)
+			}
+			if err := to.Put(i, each); err != nil {
+				return fmt.Errorf("counter %d: %w", i, err)
+			}
+		}
+		return nil
+	}
+	return nil
 }
 
 // assign puts maps into the struct that tables, flow and proxy use. The struct holds its own handles.

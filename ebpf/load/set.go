@@ -335,6 +335,13 @@ func (o *opener) attachAll(s *Set, dir string, others []string) error {
 		}
 		return nil
 	}
+	if attached, err := pins(filepath.Join(dir, linksDir)); err == nil && len(attached) == 0 {
+		// As late as can be: what the old programs count from here on until they are replaced, a few
+		// milliseconds, is forgotten with their layout. A start that was cut short later has carried.
+		if err := carryCounters(s.maps.Counters, others); err != nil {
+			o.log.Warn("counters start at 0", "err", err)
+		}
+	}
 	if err := place(true); err != nil {
 		return err
 	}

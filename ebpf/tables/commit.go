@@ -20,7 +20,9 @@ func (x *trash) empty() bool {
 	return len(x.slots)+len(x.policies)+len(x.cidrs)+len(x.portSets) == 0
 }
 
-// commit writes what is dirty. What found no room is tried once more after the trash made some.
+// commit writes what is dirty. What found no room is tried once more after the trash made some, and then
+// once more in the place of what it replaces: a workload whose old and new policies do not fit beside
+// each other is closed in between.
 func (t *Table) commit() error {
 	t.faults = nil
 	err := t.pass(false)
@@ -28,6 +30,11 @@ func (t *Table) commit() error {
 		t.collect()
 		t.faults = nil
 		err = t.pass(true)
+		if t.faults != nil && !t.trash.empty() { // who was closed has made room
+			t.collect()
+			t.faults = nil
+			err = t.pass(true)
+		}
 	}
 	t.collect()
 	t.change.Closed = t.closed()

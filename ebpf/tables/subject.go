@@ -392,9 +392,10 @@ func (t *Table) flip(plans []*plan, last bool) {
 			s.blocked[p.n] = p.was == nil
 			continue
 		}
+		// It keeps no entries: nobody reads those of a closed one, and what is wanted may fit in their place.
 		p.next = &subject{value: p.next.value, pol: make(map[bpfobj.InlayPolKey]*portSet), cidr: make(map[bpfobj.InlayCidrKey]uint32)}
 		if p.was != nil {
-			*p.next = *p.was
+			p.next.value = p.was.value
 		}
 		p.next.value.Flags |= uint32(bpfobj.InlaySubjectFlagSUBJECT_CLOSED)
 		if p.was != nil && p.was.value == p.next.value {
@@ -429,7 +430,7 @@ func (t *Table) flip(plans []*plan, last bool) {
 				continue
 			}
 			delete(s.blocked, p.n)
-			if p.was != nil && !p.failed {
+			if p.was != nil {
 				t.discard(p.was)
 			}
 			s.all[p.n] = p.next
