@@ -12,6 +12,7 @@ replace (
 require github.com/inlay-mesh/inlay/examples v0.0.0
 
 require (
+	github.com/cilium/ebpf v0.22.0
 	github.com/envoyproxy/go-control-plane v0.14.0
 	github.com/envoyproxy/go-control-plane/envoy v1.40.0
 	github.com/inlay-mesh/inlay/meshsdk/meshtest v0.0.0
@@ -20,10 +21,7 @@ require (
 	google.golang.org/protobuf v1.36.12
 )
 
-require (
-	github.com/cilium/ebpf v0.22.0 // indirect
-	github.com/inlay-mesh/inlay/controlplane v0.0.0 // indirect
-)
+require github.com/inlay-mesh/inlay/controlplane v0.0.0 // indirect
 
 require (
 	cel.dev/expr v0.25.3 // indirect
@@ -57,7 +55,7 @@ require (
 	go.uber.org/zap v1.26.0 // indirect
 	go.yaml.in/yaml/v2 v2.4.4 // indirect
 	go.yaml.in/yaml/v3 v3.0.6 // indirect
-	golang.org/x/net v0.62.0 // indirect
+	golang.org/x/net v0.62.0
 	golang.org/x/oauth2 v0.36.0 // indirect
 	golang.org/x/sync v0.24.0 // indirect
 	golang.org/x/sys v0.49.0

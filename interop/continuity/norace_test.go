@@ -1,0 +1,5 @@
+//go:build !race
+
+package continuity
+
+const raceFlag = "-race=false"
