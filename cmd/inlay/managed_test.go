@@ -105,6 +105,11 @@ func cgroup(t *testing.T) string {
 // startIn starts a program as `inlay run --ebpf` does, with its output in a file.
 func startIn(t *testing.T, dir string, a account, args ...string) (*os.Process, func() string) {
 	t.Helper()
+	return startManaged(t, dir, &managedRun{account: a}, args...)
+}
+
+func startManaged(t *testing.T, dir string, m *managedRun, args ...string) (*os.Process, func() string) {
+	t.Helper()
 	out, err := os.CreateTemp(t.TempDir(), "out")
 	if err != nil {
 		t.Fatal(err)
@@ -113,7 +118,7 @@ func startIn(t *testing.T, dir string, a account, args ...string) (*os.Process, 
 	stdout := os.Stdout
 	os.Stdout = out
 	defer func() { os.Stdout = stdout }()
-	reg := registration{namespace: "default", service: "cart", runID: "1", managed: &managedRun{account: a}}
+	reg := registration{namespace: "default", service: "cart", runID: "1", managed: m}
 	p, err := startProgram(args[0], args, reg, &nodepb.Started{WorkloadSocket: "/w", ControlPlane: "unix:/c", Cgroup: dir})
 	if err != nil {
 		t.Fatal(err)
@@ -170,6 +175,44 @@ func TestManagedProgramIsStartedInside(t *testing.T) {
 	}
 	if strings.Contains(out, "socket:[") {
 		t.Errorf("a socket of outside the cgroup came along in\n%s", out)
+	}
+}
+
+// A program of root's comes to no packet socket either, unless it was granted raw ones; nothing else is
+// taken from it, and nothing from whoever starts it.
+func TestManagedProgramWithoutRawSockets(t *testing.T) {
+	dir := cgroup(t)
+	sets := func(raw bool) map[string]uint64 {
+		t.Helper()
+		a := account{uid: 0, gid: 0, home: "/", shell: "/bin/sh"}
+		p, output := startManaged(t, dir, &managedRun{account: a, raw: raw}, "/bin/cat", "/proc/self/status")
+		if st, err := p.Wait(); err != nil || !st.Success() {
+			t.Fatalf("%v, %v", st, err)
+		}
+		out := map[string]uint64{}
+		for line := range strings.Lines(output()) {
+			name, value, ok := strings.Cut(strings.TrimSpace(line), ":\t")
+			if !ok || !strings.HasPrefix(name, "Cap") {
+				continue
+			}
+			set, err := strconv.ParseUint(value, 16, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out[name] = set
+		}
+		return out
+	}
+	const raw = uint64(1) << unix.CAP_NET_RAW
+	granted, plain := sets(true), sets(false)
+	needs(t, granted["CapBnd"]&raw != 0, "these tests run without CAP_NET_RAW")
+	for _, name := range []string{"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"} {
+		if plain[name] != granted[name]&^raw {
+			t.Errorf("%s: %x, with raw sockets %x; want CAP_NET_RAW gone and nothing else", name, plain[name], granted[name])
+		}
+	}
+	if again := sets(true); again["CapEff"] != granted["CapEff"] {
+		t.Errorf("capabilities of the next program: %x, want %x", again["CapEff"], granted["CapEff"])
 	}
 }
 

@@ -255,7 +255,7 @@ func startProgram(path string, args []string, reg registration, started *nodepb.
 			Credential: &syscall.Credential{Uid: m.account.uid, Gid: m.account.gid, Groups: m.account.groups},
 		}
 		base = m.account.environment(base)
-		return startApart(path, args, attr, environment(base, reg, started.WorkloadSocket, started.ControlPlane))
+		return startApart(path, args, attr, m.raw, environment(base, reg, started.WorkloadSocket, started.ControlPlane))
 	}
 	attr.Env = environment(base, reg, started.WorkloadSocket, started.ControlPlane)
 	return os.StartProcess(path, args, attr)
@@ -263,7 +263,7 @@ func startProgram(path string, args []string, reg registration, started *nodepb.
 
 // startApart starts a managed program so that it has nothing of root's but what it was given: its
 // three descriptors and the environment.
-func startApart(path string, args []string, attr *os.ProcAttr, env []string) (*os.Process, error) {
+func startApart(path string, args []string, attr *os.ProcAttr, raw bool, env []string) (p *os.Process, err error) {
 	// A socket that a caller of `inlay run` left open would be one of outside the cgroup, for ever.
 	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("descriptors of the caller: %w", err)
@@ -271,8 +271,22 @@ func startApart(path string, args []string, attr *os.ProcAttr, env []string) (*o
 	// The fork takes the capabilities of its thread. "If the UIDs change from 0 to nonzero, all
 	// capabilities are cleared from the permitted, effective and ambient sets" (capabilities(7)), and
 	// the inheritable ones are not: files that have them set would give them to the program.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+	// The thread ends with the goroutine, which never unlocks it, so that nothing else runs with its sets.
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		attr.Env = env
+		if err = dropCapabilities(attr, raw); err == nil {
+			p, err = os.StartProcess(path, args, attr)
+		}
+	}()
+	<-done
+	return p, err
+}
+
+// dropCapabilities takes from this thread what a managed program must not come to.
+func dropCapabilities(attr *os.ProcAttr, raw bool) error {
 	var data [2]unix.CapUserData
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	err := unix.Capget(&hdr, &data[0])
@@ -281,19 +295,25 @@ func startApart(path string, args []string, attr *os.ProcAttr, env []string) (*o
 		err = unix.Capset(&hdr, &data[0])
 	}
 	if err != nil {
-		return nil, fmt.Errorf("inheritable capabilities: %w", err)
+		return fmt.Errorf("inheritable capabilities: %w", err)
+	}
+	// No hook of a cgroup sees packet sockets (packet(7)), which send what no policy judges: root's
+	// programs come to them by CAP_NET_RAW alone.
+	if !raw {
+		if err := unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_NET_RAW, 0, 0, 0); err != nil {
+			return fmt.Errorf("drop CAP_NET_RAW from the bounding set: %w", err)
+		}
 	}
 	// With these the change of user would leave it root's capabilities.
 	bits, err := unix.PrctlRetInt(unix.PR_GET_SECUREBITS, 0, 0, 0, 0)
 	const kept = 1<<2 | 1<<4 // SECBIT_NO_SETUID_FIXUP, SECBIT_KEEP_CAPS
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("secure bits: %w", err)
+		return fmt.Errorf("secure bits: %w", err)
 	case bits&kept != 0 && attr.Sys.Credential.Uid != 0:
-		return nil, fmt.Errorf("secure bits %#x of this process keep root's capabilities over a change of user: run it without them (capsh --print shows them)", bits)
+		return fmt.Errorf("secure bits %#x of this process keep root's capabilities over a change of user: run it without them (capsh --print shows them)", bits)
 	}
-	attr.Env = env
-	return os.StartProcess(path, args, attr)
+	return nil
 }
 
 // forwarded are the signals a program may expect from whoever runs it.

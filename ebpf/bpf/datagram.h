@@ -84,6 +84,8 @@ GLOBAL int tell_datagram(const struct sk_state *s, const struct datagram *d, con
 	e = record_verdict(o, d->dir);
 	if (!e)
 		return 0;
+	if (d->dir == DIR_INGRESS)
+		e->err = 0; /* nobody here gets one */
 	e->local = d->local;
 	e->remote = d->remote;
 	e->vip = d->vip;

@@ -108,7 +108,8 @@ func octal(c byte) bool { return c >= '0' && c <= '7' }
 
 // ResolveCgroup turns what an operator named into the absolute path of the managed cgroup: empty is
 // [DefaultRoot], a relative path is below the cgroup2 mount, an absolute one must be. It does not
-// create the cgroup. The mount itself is refused: it holds every process of the machine.
+// create the cgroup. A path elsewhere has no cgroup2 (*[Unsupported]). The mount itself is refused: it
+// holds every process of the machine.
 func ResolveCgroup(name string) (string, error) {
 	mnt, err := FindCgroup2()
 	if err != nil {
@@ -128,7 +129,10 @@ func resolveCgroup(mnt, name string) (string, error) {
 	p = filepath.Clean(p)
 	rel, err := filepath.Rel(mnt, p)
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
-		return "", fmt.Errorf("cgroup %q: not below the cgroup2 mount %s: want a path below it, or a name relative to it", name, mnt)
+		return "", &Unsupported{
+			Missing: fmt.Sprintf("cgroup2 at %q", name), Found: "not below the cgroup2 mount " + mnt,
+			Remedy: "name a path below it, or one relative to it", Err: nil,
+		}
 	}
 	if rel == "." {
 		return "", fmt.Errorf("cgroup %q: is the cgroup2 mount itself, which holds every process: want a cgroup below %s", name, mnt)
