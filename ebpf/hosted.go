@@ -135,7 +135,7 @@ func (a *Agent) awaitPolicies(ctx context.Context, service string) error {
 	case !a.client.Connected():
 		why = fmt.Errorf("the control plane (%s) does not answer, and nothing is on disk: it is admitted once the control plane is back", a.cfg.ControlPlane)
 	default:
-		why = fmt.Errorf("the control plane (%s) does not serve node agents: run it and the agent of one version, and the agent as root or as the control plane's user", a.cfg.ControlPlane)
+		why = fmt.Errorf("the control plane (%s) is connected and says nothing: it has refused its configuration since it started (inlay status, or its log), or it is of another version, or the agent runs as neither root nor its user", a.cfg.ControlPlane)
 	}
 	return fmt.Errorf("network policies of %s are not known: %w", service, why)
 }
