@@ -354,7 +354,10 @@ func (c *Call) another() bool {
 func (c *Call) classify(a *Attempt, r *Result) {
 	told := false // by the server
 	switch r.Reason {
-	case ReasonCancelled, ReasonTimeout, ReasonPerTryTimeout, ReasonReset:
+	case ReasonCancelled, ReasonTimeout, ReasonPerTryTimeout:
+	case ReasonReset:
+		// A server may also reset the stream when the time that it was told has passed.
+		told = c.req.GRPC && (r.GRPCCode == codeDeadlineExceeded || r.GRPCCode == codeCancelled)
 	case ReasonUpstreamStatus:
 		if !c.req.GRPC || r.GRPCCode != codeDeadlineExceeded {
 			return

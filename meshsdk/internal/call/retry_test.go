@@ -171,35 +171,44 @@ func TestPerTryTimeout(t *testing.T) {
 	})
 }
 
-// A server that knows the deadline may say DEADLINE_EXCEEDED itself, at the very moment.
+// A server that knows the deadline may say DEADLINE_EXCEEDED itself, at the very moment, or reset the stream,
+// which gRPC reports by either code.
 func TestADeadlineThatTheServerReportsIsOurs(t *testing.T) {
-	late := call.Result{Reason: call.ReasonUpstreamStatus, GRPCCode: 4}
-	synctest.Test(t, func(t *testing.T) {
-		m := newMesh(t, call.Config{Rand: func() uint64 { return 0 }}, orders(3, func(c *graph.Config) {
-			retries(func(r *resource.Retry) { r.PerTry = time.Second })(c)
-			c.Routes.VirtualHosts[0].Routes[0].Timeout = 1500 * time.Millisecond
-		}))
-		c := begin(t, m, t.Context(), rpc("/a/B"))
-		try(t, c)
-		if time.Sleep(300 * time.Millisecond); c.Retry(late) {
-			t.Error("a DEADLINE_EXCEEDED of the server's own is retried without a word of the policy")
-		}
-		_ = c.End(late)
-		if rec := m.last(t); rec.Reason != call.ReasonUpstreamStatus {
-			t.Errorf("reason %s, want upstream_status", rec.Reason)
-		}
-		c = begin(t, m, t.Context(), rpc("/a/B"))
-		try(t, c)
-		if time.Sleep(time.Second); !c.Retry(late) {
-			t.Error("the attempt's deadline, reported by the server, is not a per-try timeout")
-		}
-		try(t, c)
-		time.Sleep(500 * time.Millisecond)
-		_ = c.End(late)
-		if rec := m.last(t); rec.Reason != call.ReasonTimeout || rec.Decision().Attempts[0].Outcome != "per_try_timeout" {
-			t.Errorf("%+v", rec)
-		}
-	})
+	for name, late := range map[string]call.Result{
+		"a status":              {Reason: call.ReasonUpstreamStatus, GRPCCode: 4},
+		"a reset":               {Reason: call.ReasonReset, GRPCCode: 4},
+		"a reset, as cancelled": {Reason: call.ReasonReset, GRPCCode: 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := newMesh(t, call.Config{Rand: func() uint64 { return 0 }}, orders(3, func(c *graph.Config) {
+					retries(func(r *resource.Retry) { r.PerTry = time.Second })(c)
+					c.Routes.VirtualHosts[0].Routes[0].Timeout = 1500 * time.Millisecond
+				}))
+				c := begin(t, m, t.Context(), rpc("/a/B"))
+				try(t, c)
+				time.Sleep(300 * time.Millisecond)
+				if late.Reason == call.ReasonUpstreamStatus && c.Retry(late) { // of a reset the policy speaks
+					t.Error("a DEADLINE_EXCEEDED of the server's own is retried without a word of the policy")
+				}
+				_ = c.End(late)
+				if rec := m.last(t); rec.Reason != late.Reason {
+					t.Errorf("reason %s, want %s", rec.Reason, late.Reason)
+				}
+				c = begin(t, m, t.Context(), rpc("/a/B"))
+				try(t, c)
+				if time.Sleep(time.Second); !c.Retry(late) {
+					t.Error("the attempt's deadline, reported by the server, is not a per-try timeout")
+				}
+				try(t, c)
+				time.Sleep(500 * time.Millisecond)
+				_ = c.End(late)
+				if rec := m.last(t); rec.Reason != call.ReasonTimeout || rec.Decision().Attempts[0].Outcome != "per_try_timeout" {
+					t.Errorf("%+v", rec)
+				}
+			})
+		})
+	}
 }
 
 // A stream whose answer has begun outlives the time of its attempt; what ends it later is not that.
