@@ -415,6 +415,9 @@ func TestRunDirectoryOfOthersIsRefused(t *testing.T) {
 			cp, k := newFakeControlPlane(t), newFakeKernel(t)
 			cfg := testConfig(t, cp, newTestClock())
 			if err := spoil(cfg.RunDir); errors.Is(err, os.ErrPermission) {
+				if os.Getenv("CI") == "true" {
+					t.Fatal("CI runs as root")
+				}
 				t.Skip("only root can give a directory away")
 			} else if err != nil {
 				t.Fatal(err)

@@ -75,7 +75,7 @@ func (c *child) run(t *testing.T, args ...string) answer {
 	for _, a := range args {
 		if a == "curl" || a == "python3" || a == "getent" {
 			if _, err := exec.LookPath(a); err != nil {
-				t.Skipf("SKIPPED: %v", err)
+				lacks(t, err.Error())
 			}
 		}
 	}

@@ -192,7 +192,7 @@ func TestMPTCPListenerIsJudged(t *testing.T) {
 	client, server := k.workload("client", billing, false), k.workload("server", orders, false)
 	a := server.try(order{Op: "socket", Domain: unix.AF_INET, Type: unix.SOCK_STREAM, Proto: unix.IPPROTO_MPTCP})
 	if a.Errno != 0 {
-		t.Skipf("no MPTCP: %v", a.Errno)
+		lacks(t, "no MPTCP: "+a.Errno.Error())
 	}
 	l := a.FD
 	server.must(order{Op: "bind", FD: l, Addr: netip.MustParseAddrPort("127.0.0.1:0")})
@@ -215,7 +215,7 @@ func TestMPTCPClientIsJudged(t *testing.T) {
 	k.policy(billing, egress, other, unix.IPPROTO_TCP, 1, 65535, bpfobj.InlaySeg{Action: allow})
 	a := client.try(order{Op: "socket", Domain: unix.AF_INET, Type: unix.SOCK_STREAM, Proto: unix.IPPROTO_MPTCP, Millis: 1200})
 	if a.Errno != 0 {
-		t.Skipf("no MPTCP: %v", a.Errno)
+		lacks(t, "no MPTCP: "+a.Errno.Error())
 	}
 	if errno := client.try(order{Op: "connect", FD: a.FD, Addr: where}).Errno; errno == 0 {
 		t.Error("a denied MPTCP client is connected")

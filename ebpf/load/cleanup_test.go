@@ -120,8 +120,11 @@ func TestEnsureBPFFS(t *testing.T) {
 
 func TestPinDir(t *testing.T) {
 	mnt, err := FindCgroup2()
-	if err != nil {
+	if err != nil && os.Getenv("CI") != "true" {
 		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 	for in, want := range map[string]string{"": "/sys/fs/bpf/inlay", "inlay": "/sys/fs/bpf/inlay", mnt + "/inlay": "/sys/fs/bpf/inlay", "inlay-demo-7": "/sys/fs/bpf/inlay-inlay-demo-7", mnt + "/a/b": "/sys/fs/bpf/inlay-a_2fb"} {
 		if got, err := PinDir(in); got != want || err != nil {

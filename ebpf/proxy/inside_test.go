@@ -293,6 +293,9 @@ func TestImportRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			if len(roles) != 7 {
+				if os.Getenv("CI") == "true" {
+					t.Fatalf("no IPv6 here, roles %v", roles)
+				}
 				t.Skipf("NOT RUN: no IPv6 here, roles %v", roles)
 			}
 			roles = tc.change(roles)

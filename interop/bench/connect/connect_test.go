@@ -7,10 +7,10 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -235,11 +235,26 @@ func newAgent(t *testing.T, n int) *agent {
 	return a
 }
 
-// removeCgroup waits for a cgroup that lets go of its last process a moment after that was waited for.
+// removeCgroup removes a cgroup once it has let go of its last process, a moment after that was waited
+// for: the kernel tells of it in cgroup.events.
 func removeCgroup(dir string) error {
-	for deadline := time.Now().Add(5 * time.Second); ; runtime.Gosched() {
-		if err := os.Remove(dir); !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+	events, err := os.Open(filepath.Join(dir, "cgroup.events"))
+	if err != nil {
+		return err
+	}
+	defer events.Close()
+	var b [256]byte
+	for {
+		n, err := events.ReadAt(b[:], 0)
+		if err != nil && !errors.Is(err, io.EOF) {
 			return err
+		}
+		if bytes.Contains(b[:n], []byte("populated 0")) {
+			return os.Remove(dir)
+		}
+		fds := []unix.PollFd{{Fd: int32(events.Fd()), Events: unix.POLLPRI}}
+		if n, err := unix.Poll(fds, 5000); n == 0 && err == nil {
+			return fmt.Errorf("cgroup %s still holds processes", dir)
 		}
 	}
 }

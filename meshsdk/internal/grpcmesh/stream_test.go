@@ -374,6 +374,9 @@ func TestACallThatPanicsGivesBackWhatItHolds(t *testing.T) {
 func TestTimes(t *testing.T) {
 	hang := func(ctx context.Context, _ *testpb.SimpleRequest) (*testpb.SimpleResponse, error) {
 		<-ctx.Done()
+		// A status on its way at the very instant of the timer would be a response that has begun
+		// (gRFC A6) or not, as it happens.
+		time.Sleep(time.Millisecond)
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}
 	for name, tc := range map[string]struct {
@@ -402,6 +405,8 @@ func TestTimes(t *testing.T) {
 				if rec := m.rec.last(t); rec.Attempts != tc.attempts || s.calls.Load() != tc.wantCalls {
 					t.Errorf("%d attempts, %d calls", rec.Attempts, s.calls.Load())
 				}
+				time.Sleep(time.Millisecond) // the last handler ends
+				synctest.Wait()
 			})
 		})
 	}
