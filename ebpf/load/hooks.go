@@ -99,7 +99,7 @@ var hooks = []hook{
 		fallback: "iterdrop", lesser: "no bpf_sock_destroy: a socket that a new policy denies goes silent instead of failing",
 	},
 	{
-		Hook:   Hook{Name: "sock_create", Gives: "raw sockets are refused to managed workloads that were not granted them", Since: "4.10", Required: true},
+		Hook:   Hook{Name: "sock_create", Gives: "raw sockets, and protocols that no policy speaks of, are refused to managed workloads that were not granted them", Since: "4.10", Required: true},
 		object: "sock", program: "sock_create", attach: ebpf.AttachCGroupInetSockCreate,
 	},
 	{
