@@ -244,6 +244,7 @@ func (s *reportServer) Report(stream reportpb.Report_ReportServer) error {
 			select {
 			case requests <- req:
 			case <-ctx.Done():
+				ended <- ctx.Err() // the loop hears of the end from here alone
 				return
 			}
 		}

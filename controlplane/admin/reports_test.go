@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -274,4 +275,34 @@ func TestStopEndsStreams(t *testing.T) {
 			t.Errorf("err = %v", err)
 		}
 	})
+}
+
+// lateStream is a stream whose last message comes at the moment of its end.
+type lateStream struct {
+	grpc.ServerStream
+	ctx  context.Context
+	late bool
+}
+
+func (s *lateStream) Context() context.Context            { return s.ctx }
+func (s *lateStream) Send(*reportpb.ReportResponse) error { return nil }
+func (s *lateStream) Recv() (*reportpb.ReportRequest, error) {
+	<-s.ctx.Done()
+	if s.late {
+		return nil, s.ctx.Err()
+	}
+	s.late = true
+	return hello("n"), nil
+}
+
+func TestAMessageThatComesWithTheEndDoesNotHideIt(t *testing.T) {
+	for range 64 { // which of the two is seen first is chance
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(peer.NewContext(t.Context(), &peer.Peer{AuthInfo: attest.Info{Caller: orders}}))
+			time.AfterFunc(time.Second, cancel)
+			if err := (&reportServer{reports: NewReports(ReportsConfig{})}).Report(&lateStream{ctx: ctx}); !errors.Is(err, context.Canceled) {
+				t.Errorf("ended with %v, want canceled", err)
+			}
+		})
+	}
 }

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
@@ -514,4 +515,37 @@ func TestASecondDrainTellsTheTruthToo(t *testing.T) {
 			}
 		}
 	})
+}
+
+// lateStream is a stream whose last message comes at the moment of its end.
+type lateStream struct {
+	grpc.ServerStream
+	ctx  context.Context
+	late bool
+}
+
+func (s *lateStream) Context() context.Context                { return s.ctx }
+func (s *lateStream) Send(*registrypb.RegisterResponse) error { return nil }
+func (s *lateStream) Recv() (*registrypb.RegisterRequest, error) {
+	<-s.ctx.Done()
+	if s.late {
+		return nil, s.ctx.Err()
+	}
+	s.late = true
+	return instance(nil), nil
+}
+
+func TestAMessageThatComesWithTheEndDoesNotHideIt(t *testing.T) {
+	for range 64 { // which of the two is seen first is chance
+		synctest.Test(t, func(t *testing.T) {
+			h := start(t, Config{LeaseTTL: time.Hour})
+			defer h.stop()
+			ctx, cancel := context.WithCancel(peer.NewContext(t.Context(), &peer.Peer{AuthInfo: attest.Info{Caller: orders}}))
+			time.AfterFunc(time.Second, cancel)
+			began := time.Now()
+			if err := (&server{reg: h.reg}).Register(&lateStream{ctx: ctx}); !errors.Is(err, context.Canceled) || time.Since(began) > time.Second {
+				t.Errorf("ended after %v with %v, want canceled after 1s", time.Since(began), err)
+			}
+		})
+	}
 }

@@ -51,6 +51,7 @@ func (s *server) Register(stream registrypb.Registry_RegisterServer) error {
 			select {
 			case requests <- req:
 			case <-ctx.Done():
+				ended <- ctx.Err() // the loop hears of the end from here alone
 				return
 			}
 		}

@@ -172,6 +172,7 @@ func (i *instance) register() (registered bool, err error) {
 			select {
 			case answers <- resp:
 			case <-ctx.Done():
+				broken <- ctx.Err() // the loop hears of the end from here alone
 				return
 			}
 		}

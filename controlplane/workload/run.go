@@ -103,6 +103,7 @@ func (s *nodeService) converse(stream grpc.BidiStreamingServer[nodepb.RunRequest
 			select {
 			case requests <- req:
 			case <-ctx.Done():
+				ended <- ctx.Err() // the loop hears of the end from here alone
 				return
 			}
 		}
