@@ -136,7 +136,7 @@ func (p *pipeline) run(ctx context.Context) error {
 			})
 		})
 	} else {
-		p.accept(source.NewRevision(nil), false)
+		p.accept(source.NewRevision(nil), false, nil)
 	}
 	wg.Go(func() { p.followServer(ctx) })
 
@@ -155,16 +155,16 @@ func (p *pipeline) run(ctx context.Context) error {
 			}
 			return nil
 		case rev := <-p.revisions:
-			if faults := p.accept(rev, true); faults != nil && p.plan == nil {
-				p.restore()
+			if faults := p.accept(rev, true, nil); faults != nil {
+				p.refuse(faults)
 			}
 		case <-p.trouble:
 			if p.plan == nil {
-				p.restore()
+				p.restore(p.now().faults)
 			}
 		case req := <-p.applies:
-			faults := p.accept(req.revision, true)
-			if faults != nil {
+			if faults := p.accept(req.revision, true, nil); faults != nil {
+				p.set(func(s *state) { s.faults = faults })
 				req.done <- applyResult{err: &RefusedError{Faults: faults}}
 				continue
 			}
@@ -182,15 +182,15 @@ func (p *pipeline) run(ctx context.Context) error {
 	}
 }
 
-// accept makes rev the running revision, or returns its faults and leaves the running one. New
-// revisions are remembered on disk.
-func (p *pipeline) accept(rev source.Revision, remember bool) []config.Finding {
+// accept makes rev the running revision, or returns its faults and leaves the running one and the
+// state. beside are the faults of newer files, in whose place rev is served. With remember, new
+// revisions are kept on disk.
+func (p *pipeline) accept(rev source.Revision, remember bool, beside []config.Finding) []config.Finding {
 	set, findings := config.Parse(rev.Files)
 	plan, more := compile.Resolve(set)
 	findings = config.SortFindings(append(findings, more...))
 	if plan == nil || config.HasFaults(findings) {
 		faults := slices.DeleteFunc(slices.Clone(findings), func(f config.Finding) bool { return f.Severity != config.Fault })
-		p.set(func(s *state) { s.faults = faults })
 		for i, f := range faults {
 			if i == 20 {
 				p.log.Warn("and more faults", "count", len(faults)-i)
@@ -210,7 +210,7 @@ func (p *pipeline) accept(rev source.Revision, remember bool) []config.Finding {
 	p.build(func(s *state) {
 		s.revision, s.time = rev.ID, at
 		s.objects = set.Len()
-		s.warnings, s.faults = findings, nil
+		s.warnings, s.faults = findings, beside
 	})
 	p.log.Info("revision is served", "revision", rev.ID, "files", len(rev.Files), "warnings", len(findings))
 	if remember {
@@ -221,17 +221,25 @@ func (p *pipeline) accept(rev source.Revision, remember bool) []config.Finding {
 	return nil
 }
 
-// restore serves the newest remembered revision that is still good, when the first files of this
-// start are not or cannot be read. Their faults stay in the state.
-func (p *pipeline) restore() {
-	faults := p.now().faults
-	for _, rev := range p.disk.revisions() {
-		if p.accept(rev, true) == nil {
-			p.log.Warn("the last good revision is served in place of the directory", "revision", rev.ID)
-			break
-		}
+// refuse takes the faults of the directory's files into the state. The first files of a start have
+// no running revision behind them: a remembered one is served in their place.
+func (p *pipeline) refuse(faults []config.Finding) {
+	if p.plan == nil {
+		p.restore(faults)
 	}
 	p.set(func(s *state) { s.faults = faults })
+}
+
+// restore serves the newest remembered revision that is still good, when the first files of this
+// start are not (faults) or cannot be read. Revision and faults come into the state together:
+// nobody sees a moment in which nothing is served, or nothing is wrong.
+func (p *pipeline) restore(faults []config.Finding) {
+	for _, rev := range p.disk.revisions() {
+		if p.accept(rev, true, faults) == nil {
+			p.log.Warn("the last good revision is served in place of the directory", "revision", rev.ID)
+			return
+		}
+	}
 }
 
 // build makes the mesh of the plan and the instances of this moment, and serves it. Then it changes
@@ -250,15 +258,15 @@ func (p *pipeline) build(also func(*state)) {
 	}
 	namespaces := namespacesOf(mesh)
 	p.reports.Announce(namespaces)
+	p.set(func(s *state) {
+		s.built, s.publish, s.namespaces = findings, err, namespaces
+		also(s)
+	})
 	select {
 	case <-p.ready:
 	default:
 		close(p.ready)
 	}
-	p.set(func(s *state) {
-		s.built, s.publish, s.namespaces = findings, err, namespaces
-		also(s)
-	})
 	p.built = p.cfg.Clock.Now().Sub(began)
 }
 
