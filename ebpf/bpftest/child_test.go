@@ -225,7 +225,8 @@ func startChild(t *testing.T, dir string, ownNetns bool) *child {
 	}
 	defer cg.Close()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), childEnv+"=1", "GORACE=atexit_sleep_ms=0")
+	// A call that has a time limit (SO_SNDTIMEO) ends with EINTR at the runtime's preemption signals.
+	cmd.Env = append(os.Environ(), childEnv+"=1", "GORACE=atexit_sleep_ms=0", "GODEBUG=asyncpreemptoff=1")
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cg.Fd()), Pdeathsig: syscall.SIGKILL}
 	if ownNetns {

@@ -176,6 +176,10 @@ func resolve(ctx context.Context, family, host string) (netip.Addr, error) {
 	return ips[0].Unmap(), nil
 }
 
+// clientDebug is the GODEBUG of a client: names by Go's own resolver, and no signals of the runtime to
+// itself, at which a call with a time limit (SO_SNDTIMEO, SO_RCVTIMEO) ends with EINTR.
+const clientDebug = "netdns=go,asyncpreemptoff=1"
+
 // dialMapped connects an IPv6 socket to an IPv4 address, which the net package never does.
 func dialMapped(network string, to netip.AddrPort) (net.Conn, error) {
 	kind := unix.SOCK_STREAM

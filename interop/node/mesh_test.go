@@ -265,7 +265,7 @@ func (m *mesh) client(kind string, p program) *proc {
 	switch kind {
 	case "go":
 		p.args = []string{self(m.t)}
-		p.env = append(p.env, "NODE_ROLE=client", "GODEBUG=netdns=go")
+		p.env = append(p.env, "NODE_ROLE=client", "GODEBUG="+clientDebug)
 	case "glibc":
 		p.args = []string{m.bin.client}
 	case "python":

@@ -248,7 +248,7 @@ func ingressPolicy(t *testing.T, n *oneNode) {
 	// An entity: only what is no workload.
 	n.serve(program{service: "hosted"}, "127.0.0.1", 8023, "4")
 	cmd := n.home.command(self(t))
-	host := startProc(t, "host", cmd, "NODE_ROLE=client")
+	host := startProc(t, "host", cmd, "NODE_ROLE=client", "GODEBUG="+clientDebug)
 	eventually(t, "the host's call", func() bool { return strings.HasPrefix(host.ask("tcp", "4", "127.0.0.1", 8023).Text, "hosted ") })
 	c := n.client("go", program{service: "another"})
 	if a := c.ask("tcp", "4", "127.0.0.1", 8023); a.Errno != syscall.ECONNREFUSED {
