@@ -38,20 +38,13 @@ SEC("tc")
 int pick_test(struct __sk_buff *ctx)
 {
 	struct pick_case c;
-	struct backend *b = NULL;
 	struct svc *v;
 
 	if (bpf_skb_load_bytes(ctx, 0, &c, sizeof(c)))
 		return -1;
 	c.found = 0;
 	v = bpf_map_lookup_elem(&services, &c.service);
-	if (v) {
-		c.found = 2;
-		b = pick(&c.service, v, c.seed, FAMILY_ANY);
-	}
-	if (b) {
-		c.found = 1;
-		c.backend = *b;
-	}
+	if (v)
+		c.found = pick(&c.service, v, c.seed, FAMILY_ANY, &c.backend) ? 1 : 2;
 	return bpf_skb_store_bytes(ctx, 0, &c, sizeof(c), 0);
 }

@@ -49,7 +49,7 @@ static __always_inline bool to_proxy(struct outbound *o, __u64 netns)
 GLOBAL int find_way(struct outbound *o, __u64 netns)
 {
 	struct svc_key at = {};
-	struct backend *b;
+	struct backend b;
 	bool hint = false;
 	struct svc *v;
 
@@ -61,14 +61,13 @@ GLOBAL int find_way(struct outbound *o, __u64 netns)
 	o->refusal = 0;
 	v = bpf_map_lookup_elem(&services, &o->asked);
 	if (v) {
-		b = pick(&o->asked, v, o->seed ? mix(o->seed ^ v->id) | 1 : 0, o->family);
-		if (!b) {
+		if (!pick(&o->asked, v, o->seed ? mix(o->seed ^ v->id) | 1 : 0, o->family, &b)) {
 			count(COUNT_NO_ENDPOINT);
 			return v->slots ? ENETUNREACH : ECONNREFUSED;
 		}
-		o->addr = b->addr;
-		o->port = b->port;
-		o->peer = b->identity;
+		o->addr = b.addr;
+		o->port = b.port;
+		o->peer = b.identity;
 		o->flags = SK_VIP;
 		return 0;
 	}

@@ -53,23 +53,37 @@ static __always_inline struct backend *pick_slot(const struct svc *v, __u32 seed
 	return NULL;
 }
 
-/* pick gives the endpoint for a connection, NULL when there is none. The set of endpoints may
- * change while it is read: then the service is read once more.
+/* pick copies the endpoint for a connection to to, false when there is none. The set of endpoints
+ * may be replaced while it is read, and the kernel may give the memory of the old value to that of
+ * another key at once: what was read counts when the key still leads there afterwards. Otherwise
+ * the service is read once more.
  */
-static __always_inline struct backend *pick(const struct svc_key *key, const struct svc *v, __u32 seed, enum family f)
+static __always_inline bool pick(const struct svc_key *key, const struct svc *v, __u32 seed, enum family f, struct backend *to)
 {
-	struct svc had = *v;
-	struct backend *b;
+	for (int i = 0; i < 2; i++) {
+		struct svc had = *v;
+		const struct svc *now;
+		bool found = false;
 
-	if (!had.slots)
-		return NULL;
-	b = pick_slot(&had, seed, f);
-	if (b)
-		return b;
-	v = bpf_map_lookup_elem(&services, key);
-	if (!v || !v->slots || (v->gen == had.gen && v->id == had.id))
-		return NULL;
-	return pick_slot(v, seed, f);
+		if (had.slots == 1) {
+			*to = had.only;
+			found = reaches(f, to);
+		} else if (had.slots) {
+			struct backend *b = pick_slot(&had, seed, f);
+
+			if (b) {
+				*to = *b;
+				found = true;
+			}
+		}
+		now = bpf_map_lookup_elem(&services, key);
+		if (now == v)
+			return found;
+		if (!now)
+			return false;
+		v = now;
+	}
+	return false;
 }
 
 #endif

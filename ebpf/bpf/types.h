@@ -14,7 +14,7 @@
 /* LAYOUT names the shape of maps below. Raise it whenever one changes: pins of another layout
  * are filled anew, never read as if they were of this one.
  */
-#define LAYOUT 1
+#define LAYOUT 2
 
 struct addr {
 	union {
@@ -54,23 +54,6 @@ struct svc_key {
 };
 _Static_assert(sizeof(struct svc_key) == 20, "svc_key is shared with Go");
 
-/* struct svc: what a service address leads to: slots (id, gen, 0..slots-1). A new set of
- * endpoints is written under another gen, then this one value is replaced. Under port 0 and proto 0
- * of each virtual address there is one without slots: it answers for the ports that no service has.
- */
-struct svc {
-	__u32 id;
-	__u32 gen;
-	__u32 slots;	/* 0: no endpoint, the connection is refused at once */
-	__u32 flags;
-};
-
-struct slot_key {
-	__u32 svc;	/* svc.id */
-	__u32 gen;
-	__u32 index;
-};
-
 struct backend {
 	struct addr addr;
 	__be16 port;
@@ -79,6 +62,26 @@ struct backend {
 	__u64  identity;
 };
 _Static_assert(sizeof(struct backend) == 32, "backend is shared with Go");
+
+/* struct svc: what a service address leads to. A single endpoint stands here, so that the way to it
+ * is one lookup; several are slots (id, gen, 0..slots-1). A new set of endpoints is written under
+ * another gen, then this one value is replaced. Under port 0 and proto 0 of each virtual address
+ * there is one without slots: it answers for the ports that no service has.
+ */
+struct svc {
+	__u32 id;
+	__u32 gen;
+	__u32 slots;	/* 0: no endpoint, the connection is refused at once; 1: only */
+	__u32 flags;
+	struct backend only;
+};
+_Static_assert(sizeof(struct svc) == 48, "svc is shared with Go");
+
+struct slot_key {
+	__u32 svc;	/* svc.id */
+	__u32 gen;
+	__u32 index;
+};
 
 /* struct slot: one column of an alias table (Vose): backend a below cut, else b. */
 struct slot {

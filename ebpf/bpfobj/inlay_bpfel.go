@@ -360,6 +360,7 @@ type InlaySvc struct {
 	Gen   uint32
 	Slots uint32
 	Flags uint32
+	Only  InlayBackend
 }
 
 type InlaySvcKey struct {

@@ -258,8 +258,7 @@ func (k *kit) service(vip, backend netip.AddrPort, proto uint8, id uint64) {
 	k.t.Helper()
 	n := rand.Uint32()
 	b := bpfobj.InlayBackend{Addr: addr(backend.Addr()), Port: be16(backend.Port()), Identity: id}
-	k.put("slots", bpfobj.InlaySlotKey{Svc: n, Gen: 1}, bpfobj.InlaySlot{Cut: 1<<32 - 1, A: b, B: b})
-	k.put("services", svcKey(vip, proto), bpfobj.InlaySvc{Id: n, Gen: 1, Slots: 1})
+	k.put("services", svcKey(vip, proto), bpfobj.InlaySvc{Id: n, Gen: 1, Slots: 1, Only: b})
 	k.put("endpoints", svcKey(backend, proto), id)
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math"
 	"net/netip"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -153,11 +154,76 @@ func TestPickFollowsTheWeights(t *testing.T) {
 			}
 		})
 	}
-	k.put("services", svcKey(vip, unix.IPPROTO_TCP), bpfobj.InlaySvc{Id: 9, Gen: 5})
+	k.put("services", svcKey(vip, unix.IPPROTO_TCP), bpfobj.InlaySvc{Id: 9, Gen: 5, Slots: 1, Only: b})
+	if got := run(t, k, "pick_test", bpfobj.InlayPickCase{Service: svcKey(vip, unix.IPPROTO_TCP)}); got.Found != 1 || got.Backend != b {
+		t.Errorf("a service of one endpoint: found %d, %+v, want 1, %+v", got.Found, got.Backend, b)
+	}
+	k.put("services", svcKey(vip, unix.IPPROTO_TCP), bpfobj.InlaySvc{Id: 9, Gen: 6, Slots: 2})
+	if got := run(t, k, "pick_test", bpfobj.InlayPickCase{Service: svcKey(vip, unix.IPPROTO_TCP)}); got.Found != 2 {
+		t.Errorf("a service whose slots are missing: found %d, want 2", got.Found)
+	}
+	k.put("services", svcKey(vip, unix.IPPROTO_TCP), bpfobj.InlaySvc{Id: 9, Gen: 7})
 	if got := run(t, k, "pick_test", bpfobj.InlayPickCase{Service: svcKey(vip, unix.IPPROTO_TCP)}); got.Found != 2 {
 		t.Errorf("a service without endpoint: found %d, want 2", got.Found)
 	}
 	if got := run(t, k, "pick_test", bpfobj.InlayPickCase{Service: svcKey(at(vip6, 1), unix.IPPROTO_TCP)}); got.Found != 0 {
 		t.Errorf("no service: found %d, want 0", got.Found)
+	}
+}
+
+// An endpoint is read whole or not at all while it is replaced, although the kernel gives the memory of
+// the replaced value to the next one at once: each address comes with its own identity.
+func TestPickIsWholeWhileEndpointsAreReplaced(t *testing.T) {
+	k := newKit(t, settings{detached: true})
+	const services = 4
+	key := func(i int) bpfobj.InlaySvcKey { return svcKey(at(vip4, uint16(80+i)), unix.IPPROTO_TCP) }
+	endpoint := func(service, turn uint32) bpfobj.InlayBackend {
+		n := service<<24 | turn&0xffffff
+		a := netip.AddrFrom4([4]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)})
+		return bpfobj.InlayBackend{Addr: addr(a), Port: uint16(n), Identity: uint64(n)}
+	}
+	put := func(service int, turn uint32) {
+		k.put("services", key(service), bpfobj.InlaySvc{Id: uint32(service) + 1, Gen: turn, Slots: 1, Only: endpoint(uint32(service)+1, turn)})
+	}
+	for i := range services {
+		put(i, 0)
+	}
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	end := sync.OnceFunc(func() { close(stop); wg.Wait() })
+	defer end()
+	turns := uint32(0)
+	wg.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			turns++
+			for i := range services {
+				put(i, turns)
+			}
+		}
+	})
+	again := 0
+	for i := range 100_000 {
+		service := i % services
+		got := run(t, k, "pick_test", bpfobj.InlayPickCase{Service: key(service)})
+		if got.Found != 1 {
+			again++ // replaced twice while it was read
+			continue
+		}
+		if n := uint32(got.Backend.Identity); got.Backend != endpoint(n>>24, n) || int(n>>24) != service+1 {
+			t.Fatalf("service %d: %+v: parts of several endpoints, or that of another service", service+1, got.Backend)
+		}
+	}
+	end()
+	t.Logf("%d turns of replacements; %d of 100000 found nothing", turns, again)
+	if turns < 1000 {
+		t.Errorf("%d turns of replacements: too few to mean anything", turns)
+	}
+	if again > 100 {
+		t.Errorf("%d of 100000 picks found nothing: want at most 100", again)
 	}
 }

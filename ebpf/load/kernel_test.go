@@ -80,6 +80,7 @@ func newRoom(t *testing.T) *room {
 	r := &room{t: t, cfg: Config{
 		Cgroup:   filepath.Join(mnt, name),
 		Pin:      filepath.Join(BPFFS, name),
+		Layout:   "1", // tests change it to others and back
 		MapSizes: smallSizes(),
 	}}
 	t.Cleanup(func() {

@@ -17,7 +17,7 @@ import (
 )
 
 // Layout is the version of the maps' shapes that this program knows: LAYOUT of ebpf/bpf/types.h.
-const Layout = "1"
+const Layout = "2"
 
 const (
 	mapsDir  = "maps"

@@ -18,13 +18,14 @@ import (
 // keeps the id when its endpoints change, which keeps the choice by hash as stable as it can be.
 type setName struct{ id, gen uint32 }
 
-// slotSet is one alias table in the slots map, known by its contents: service addresses with the
-// same endpoints share it.
+// slotSet is one alias table, known by its contents: service addresses with the same endpoints share
+// it. It lies in the slots map, that of a single endpoint in the service addresses themselves.
 type slotSet struct {
 	setName
 	sum     [16]byte
 	n       uint32
-	slots   []bpfobj.InlaySlot // until they are written
+	only    bpfobj.InlayBackend // when n is 1
+	slots   []bpfobj.InlaySlot  // until they are written
 	written bool
 	claims  int // addresses of services that want it
 	users   int // service addresses in the map that lead to it
@@ -66,8 +67,13 @@ func (t *Table) readSets() error {
 	s.queued = make(map[*slotSet]struct{})
 	lead := make(map[setName]uint32) // slots that services expect
 	for _, v := range t.addresses.have {
-		if v.Slots > 0 {
-			lead[nameOf(v)] = v.Slots
+		n := nameOf(v)
+		s.last = setName{max(s.last.id, n.id), max(s.last.gen, n.gen)}
+		switch {
+		case v.Slots > 1:
+			lead[n] = v.Slots
+		case v.Slots == 1 && s.byName[n] == nil:
+			s.know(&slotSet{setName: n, sum: sumSlots(single(v.Only)), n: 1, only: v.Only, written: true})
 		}
 	}
 	type slot struct {
@@ -98,10 +104,7 @@ func (t *Table) readSets() error {
 		if uint32(len(list)) != lead[n] {
 			set.sum = [16]byte{} // incomplete: nobody's contents are these
 		}
-		s.byName[n] = set
-		if set.sum != ([16]byte{}) && s.bySum[set.sum] == nil {
-			s.bySum[set.sum] = set
-		}
+		s.know(set)
 	}
 	for _, v := range t.addresses.have {
 		if set := s.of(v); set != nil {
@@ -109,6 +112,14 @@ func (t *Table) readSets() error {
 		}
 	}
 	return nil
+}
+
+// know enters a set that is in the kernel.
+func (s *slotSets) know(set *slotSet) {
+	s.byName[set.setName] = set
+	if set.sum != ([16]byte{}) && s.bySum[set.sum] == nil {
+		s.bySum[set.sum] = set
+	}
 }
 
 func nameOf(v bpfobj.InlaySvc) setName { return setName{v.Id, v.Gen} }
@@ -130,6 +141,9 @@ func (s *slotSets) want(slots []bpfobj.InlaySlot) *slotSet {
 	set := s.bySum[sum]
 	if set == nil {
 		set = &slotSet{sum: sum, n: uint32(len(slots)), slots: slots}
+		if set.n == 1 {
+			set.only, set.slots = slots[0].A, nil
+		}
 		s.bySum[sum] = set
 	}
 	set.claims++
@@ -147,6 +161,9 @@ func (t *Table) unused(set *slotSet) {
 	}
 	if set.written {
 		delete(s.byName, set.setName)
+		if set.n == 1 {
+			return // it was never in the map of slots
+		}
 		for i := range set.n {
 			t.trash.slots = append(t.trash.slots, bpfobj.InlaySlotKey{Svc: set.id, Gen: set.gen, Index: i})
 		}
@@ -220,7 +237,7 @@ func (t *Table) wantAddress(k bpfobj.InlaySvcKey) (bpfobj.InlaySvc, bool) {
 	if set == nil {
 		return bpfobj.InlaySvc{}, true // no endpoint: refused at once
 	}
-	return bpfobj.InlaySvc{Id: set.id, Gen: set.gen, Slots: set.n}, true
+	return bpfobj.InlaySvc{Id: set.id, Gen: set.gen, Slots: set.n, Only: set.only}, true
 }
 
 // wantEndpoint is the identity behind an endpoint: unknown when services disagree.

@@ -21,6 +21,9 @@ const always = math.MaxUint32
 // the same table.
 func alias(shares []share) []bpfobj.InlaySlot {
 	n := len(shares)
+	if n == 1 {
+		return single(shares[0].backend)
+	}
 	slots := make([]bpfobj.InlaySlot, n)
 	total := 0.0
 	for i := range shares {
@@ -50,6 +53,11 @@ func alias(shares []share) []bpfobj.InlaySlot {
 		}
 	}
 	return slots // what is left is 1 but for rounding
+}
+
+// single is the table of one backend.
+func single(b bpfobj.InlayBackend) []bpfobj.InlaySlot {
+	return []bpfobj.InlaySlot{{Cut: always, A: b, B: b}}
 }
 
 // cut is a probability below 1 as a part of 2^32.

@@ -149,7 +149,7 @@ func TestFullMapsClose(t *testing.T) {
 
 // A map of services that is full keeps what it has, says so, and takes the rest when there is room.
 func TestFullMapsKeepServices(t *testing.T) {
-	n := newNode(1000, map[string]int{"slots": 4})
+	n := newNode(1000, map[string]int{"slots": 3})
 	table := memoryTable(t, n)
 	set(t, table, numberedService(1, 2), numberedService(2, 1))
 	commit(t, table)

@@ -194,12 +194,12 @@ func TestKernelMapsFull(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for i := range 8 {
-			set(t, table, numberedService(i, 1))
+		for i := range 4 {
+			set(t, table, numberedService(i, 2))
 		}
 		commit(t, table)
-		for i := range 8 {
-			set(t, table, numberedService(i, 2))
+		for i := range 4 {
+			set(t, table, numberedService(i, 3))
 		}
 		_, err = table.Commit()
 		var e *FullError
@@ -209,8 +209,8 @@ func TestKernelMapsFull(t *testing.T) {
 		n := loadNode(t, maps)
 		n.check(t, table)
 		for k, v := range n.services.m {
-			if k.Proto != 0 && v.Slots != 1 {
-				t.Errorf("%s: %d slots, want the 1 of before", describe(k), v.Slots)
+			if k.Proto != 0 && v.Slots != 2 {
+				t.Errorf("%s: %d slots, want the 2 of before", describe(k), v.Slots)
 			}
 		}
 	})
