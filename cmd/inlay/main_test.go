@@ -123,6 +123,7 @@ func TestWrongCommandLines(t *testing.T) {
 		"a flag of the agent without it":       {[]string{"node", "--cgroup", "x"}, "pass --ebpf too", exitUsage},
 		"its state without it":                 {[]string{"node", "--state-dir", "/x"}, "pass --ebpf too", exitUsage},
 		"a map size that is none":              {[]string{"node", "--ebpf", "--map-size", "peers=many"}, `--map-size "peers=many"`, exitUsage},
+		"a map that there is not":              {[]string{"node", "--ebpf", "--map-size", "nosuch=5"}, `"nosuch": no such map: want one of addresses`, exitUsage},
 		"the same in dev":                      {[]string{"dev", "--node-address", "10.0.0.1"}, "pass --ebpf too", exitUsage},
 		"a node address that is none":          {[]string{"node", "--ebpf", "--node-address", "node1"}, `--node-address "node1"`, exitUsage},
 		"a node address that is every one":     {[]string{"node", "--ebpf", "--node-address", "0.0.0.0"}, "other machines reach", exitUsage},

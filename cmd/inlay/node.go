@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/inlay-mesh/inlay/controlplane/workload"
+	"github.com/inlay-mesh/inlay/ebpf/load"
 )
 
 // nodeFlags are what `inlay node` was asked for.
@@ -87,7 +88,7 @@ func (f agentFlags) addresses() ([]netip.Addr, error) {
 	return out, nil
 }
 
-// sizes reads --map-size; which maps there are, the loader knows.
+// sizes reads --map-size.
 func (f agentFlags) sizes() (map[string]uint32, error) {
 	var out map[string]uint32
 	for _, s := range f.mapSizes {
@@ -100,6 +101,9 @@ func (f agentFlags) sizes() (map[string]uint32, error) {
 			out = map[string]uint32{}
 		}
 		out[name] = uint32(n)
+	}
+	if err := load.CheckMapSizes(out); err != nil {
+		return nil, usageError(fmt.Errorf("--map-size: %w", err))
 	}
 	return out, nil
 }

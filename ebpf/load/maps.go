@@ -36,6 +36,12 @@ var kept = []string{
 	bpfobj.InlayMapUdpReverse, bpfobj.InlayMapDnsClients, bpfobj.InlayMapDnsProxies,
 }
 
+// CheckMapSizes says what of Config.MapSizes cannot be, all of it at once; nil for sizes that Open takes.
+func CheckMapSizes(sizes map[string]uint32) error {
+	_, err := mapSpecs(sizes)
+	return err
+}
+
 // mapSpecs returns the maps with the sizes asked for.
 func mapSpecs(sizes map[string]uint32) (map[string]*ebpf.MapSpec, error) {
 	spec, err := bpfobj.LoadInlay()
