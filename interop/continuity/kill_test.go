@@ -2,6 +2,7 @@ package continuity
 
 import (
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -61,5 +62,54 @@ func TestKilledAgent(t *testing.T) {
 	}
 	if a.Lost != 0 {
 		t.Errorf("records: lost %d: want 0, there was room", a.Lost)
+	}
+}
+
+// The policy changes while the agent is dead. Until it is back the old one holds; from then on the new one,
+// also for the connection that was open all the time.
+func TestPolicyChangedWhileTheAgentIsDead(t *testing.T) {
+	w := newWorld(t)
+	w.startProbes(50)
+	w.node.kill()
+	exchanged := strings.Replace(worldFile, "from: [{labels: {role: client}}]", "from: [{labels: {role: stranger}}]", 1)
+	if exchanged == worldFile {
+		t.Fatal("the world has no rule to change")
+	}
+	w.write("world.yaml", exchanged+"---\napiVersion: inlay.dev/v1alpha1\nkind: MeshService\nmetadata: {name: marker}\nspec: {ports: [{port: 1, protocol: TCP}]}\n")
+	w.addressesOf("marker", 0) // the control plane has the new one
+	w.progress(20)
+	client, stranger := w.ask(w.client), w.ask(w.stranger)
+	for name, c := range client.Probes {
+		if c.failed() > 0 || c.OK == 0 {
+			t.Errorf("without an agent: client: probe %s: %d of %d tries failed: %v", name, c.failed(), c.Tries, c.Errors)
+		}
+	}
+	for name, c := range stranger.Probes {
+		if c.OK > 0 {
+			t.Errorf("without an agent: stranger: probe %s: %d of %d tries went well", name, c.OK, c.Tries)
+		}
+	}
+
+	w.startNode(versionA).ready()
+	took := w.eventually("the end of the long connection", func() bool { return w.ask(w.client).Probes["flow"].failed() > 0 })
+	client, stranger = w.ask(w.client), w.ask(w.stranger)
+	w.progress(20)
+	later, heard := w.finish(w.client), w.finish(w.stranger)
+	t.Logf("the new policy ended the connection %v after the agent was back", took.Round(time.Millisecond))
+	// Calls that were under way at the first question may still count one.
+	for _, name := range []string{"allowed", "flow"} {
+		was, is := client.Probes[name], later.Probes[name]
+		t.Logf("client: %s: %d tries, %d went well; then %d and %d: %v", name, was.Tries, was.OK, is.Tries-was.Tries, is.OK-was.OK, is.Errors)
+		if is.OK > was.OK+1 || is.Tries < was.Tries+10 {
+			t.Errorf("client: probe %s: %d of %d tries went well under the new policy", name, is.OK-was.OK, is.Tries-was.Tries)
+		}
+	}
+	was, is := stranger.Probes["ingress"], heard.Probes["ingress"]
+	t.Logf("stranger: ingress: then %d tries, of which %d went well: %v", is.Tries-was.Tries, is.OK-was.OK, is.Errors)
+	if is.OK-was.OK < is.Tries-was.Tries-1 || is.OK == was.OK {
+		t.Errorf("stranger: %d of %d tries went well under the new policy", is.OK-was.OK, is.Tries-was.Tries)
+	}
+	if c := heard.Probes["egress"]; c.OK > 0 {
+		t.Errorf("stranger: %d tries to forbidden went well", c.OK)
 	}
 }

@@ -230,11 +230,17 @@ func (m *mesh) eventually(what string, holds func() bool) time.Duration {
 	return time.Since(began)
 }
 
-// addressOf waits until a service has a virtual IPv4 address and, unless endpoints is 0, so many
-// endpoints, and returns the address.
+// addressOf is the virtual address of IPv4 of addressesOf.
 func (m *mesh) addressOf(service string, endpoints int) netip.Addr {
 	m.t.Helper()
-	var at netip.Addr
+	four, _ := m.addressesOf(service, endpoints)
+	return four
+}
+
+// addressesOf waits until a service has its virtual addresses and, unless endpoints is 0, so many
+// endpoints, and returns the addresses.
+func (m *mesh) addressesOf(service string, endpoints int) (four, six netip.Addr) {
+	m.t.Helper()
 	m.eventually(fmt.Sprintf("an address and %d endpoints of %s", endpoints, service), func() bool {
 		stdout, stderr, code := m.cli("get", "services", "--run-dir", m.run, "-o", "json")
 		if code != 0 {
@@ -256,13 +262,15 @@ func (m *mesh) addressOf(service string, endpoints int) netip.Addr {
 			}
 			for _, v := range s.VirtualAddresses {
 				if a, err := netip.ParseAddr(v); err == nil && a.Is4() {
-					at = a
+					four = a
+				} else if err == nil {
+					six = a
 				}
 			}
 		}
-		return at.IsValid()
+		return four.IsValid() && six.IsValid()
 	})
-	return at
+	return four, six
 }
 
 // dialFlows opens the flow log of the agent.

@@ -3,6 +3,7 @@ package continuity
 import (
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -53,8 +54,10 @@ type world struct {
 	guarded, echo, forbidden *proc
 	guardedAt, forbiddenAt   string // by virtual address
 	echoAt                   string
-	guardedReal              string // by the address that it listens on
-	client, stranger         *proc  // nil until they are started
+	guardedReal              []string // by the addresses of its listener
+	guarded6, forbidden6     string   // by virtual address of IPv6, which leads to the endpoint of IPv4
+	echo6                    string
+	client, stranger         *proc // nil until they are started
 }
 
 func newWorld(t *testing.T, nodeFlags ...string) *world {
@@ -62,23 +65,36 @@ func newWorld(t *testing.T, nodeFlags ...string) *world {
 	w := &world{mesh: newMesh(t, map[string]string{"world.yaml": worldFile}, nodeFlags...)}
 	w.resolver = w.mesh.resolver()
 	port := func(i int64) string { return fmt.Sprint(7000 + 10*w.number + i) }
-	w.guardedReal = "127.0.0.1:" + port(1)
-	w.guarded = w.program("guarded", "server", serverSettings{TCP: w.guardedReal}, "--port", "80:"+port(1))
+	w.guardedReal = []string{"127.0.0.1:" + port(1), "[::1]:" + port(1)}
+	w.guarded = w.program("guarded", "server", serverSettings{TCP: "[::]:" + port(1)}, "--port", "80:"+port(1))
 	w.forbidden = w.program("forbidden", "server", serverSettings{TCP: "127.0.0.1:" + port(2)}, "--port", "80:"+port(2))
 	w.echo = w.program("echo", "server", serverSettings{UDP: "127.0.0.1:" + port(3)}, "--port", "90:"+port(3)+"/udp")
-	w.guardedAt = w.addressOf("guarded", 1).String() + ":80"
-	w.forbiddenAt = w.addressOf("forbidden", 1).String() + ":80"
-	w.echoAt = w.addressOf("echo", 1).String() + ":90"
+	for service, at := range map[string]struct {
+		four, six *string
+		port      uint16
+	}{
+		"guarded":   {&w.guardedAt, &w.guarded6, 80},
+		"forbidden": {&w.forbiddenAt, &w.forbidden6, 80},
+		"echo":      {&w.echoAt, &w.echo6, 90},
+	} {
+		four, six := w.addressesOf(service, 1)
+		*at.four, *at.six = netip.AddrPortFrom(four, at.port).String(), netip.AddrPortFrom(six, at.port).String()
+	}
 	return w
+}
+
+// ways are the addresses that guarded is called by: virtual and real ones of both families.
+func (w *world) ways() []string {
+	return append([]string{w.guardedAt, w.guarded6}, w.guardedReal...)
 }
 
 // clientProbes are calls that must all go well; perSecond is the rate of connections.
 func (w *world) clientProbes(perSecond int) []probe {
 	vip := strings.TrimSuffix(w.guardedAt, ":80")
 	return []probe{
-		{Name: "allowed", Kind: "tcp", Target: []string{w.guardedAt, w.guardedReal}, Word: "client", Rate: perSecond},
+		{Name: "allowed", Kind: "tcp", Target: w.ways(), Word: "client", Rate: perSecond},
 		{Name: "udp", Kind: "udp", Target: []string{w.echoAt}, Word: "unconnected", Rate: 50},
-		{Name: "udp-connected", Kind: "connected", Target: []string{w.echoAt}, Word: "connected", Rate: 50},
+		{Name: "udp-connected", Kind: "connected", Target: []string{w.echoAt, w.echo6}, Word: "connected", Rate: 50},
 		{Name: "mesh-name", Kind: "dns-udp", Target: []string{w.resolver.addr}, Question: "guarded.default.mesh", Want: vip, Rate: 50},
 		{Name: "mesh-name-tcp", Kind: "dns-tcp", Target: []string{w.resolver.addr}, Question: "guarded.default", Want: vip, Rate: 25},
 		{Name: "other-name", Kind: "dns-udp", Target: []string{w.resolver.addr}, Question: outsideName, Want: outsideAddr, Rate: 25},
@@ -89,8 +105,8 @@ func (w *world) clientProbes(perSecond int) []probe {
 // strangerProbes are calls of which none may go well.
 func (w *world) strangerProbes(perSecond int) []probe {
 	return []probe{
-		{Name: "ingress", Kind: "tcp", Target: []string{w.guardedAt, w.guardedReal}, Word: "stranger", Rate: perSecond, Refused: true},
-		{Name: "egress", Kind: "tcp", Target: []string{w.forbiddenAt}, Word: "stranger", Rate: perSecond, Refused: true},
+		{Name: "ingress", Kind: "tcp", Target: w.ways(), Word: "stranger", Rate: perSecond, Refused: true},
+		{Name: "egress", Kind: "tcp", Target: []string{w.forbiddenAt, w.forbidden6}, Word: "stranger", Rate: perSecond, Refused: true},
 	}
 }
 
