@@ -160,6 +160,21 @@ func (o *order) run(a *answer) (err error) {
 				return err
 			}
 		}
+	case "peernames": // as many as Millis says
+		for range o.Millis {
+			if _, err := unix.Getpeername(o.FD); err != nil {
+				return err
+			}
+		}
+	case "to-itself": // as many datagrams as Millis says, to the socket's own address
+		for range o.Millis {
+			if err := unix.Sendto(o.FD, []byte("hello"), 0, sockaddr(o.FD, o.Addr)); err != nil {
+				return err
+			}
+			if _, _, err := unix.Recvfrom(o.FD, make([]byte, 16), 0); err != nil {
+				return err
+			}
+		}
 	case "abort": // close by a reset
 		if err := unix.SetsockoptLinger(o.FD, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
 			return err
