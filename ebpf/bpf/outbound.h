@@ -7,7 +7,7 @@
 #include "service.h"
 
 /* A heartbeat of the DNS proxy that is older than this is the sign of its death, in ns. */
-const volatile __u64 dns_stale = 1000000000;
+const volatile __u64 dns_stale = 2000000000;
 
 #define DNS_PORT bpf_htons(53)
 

@@ -139,7 +139,7 @@ func TestNamesAreAskedOfTheProxy(t *testing.T) {
 		k.put("subjects", uint64(billing), bpfobj.InlaySubject{Gen: 77})
 		real := proxy.socket(unix.AF_INET, unix.SOCK_DGRAM)
 		proxy.must(order{Op: "bind", FD: real, Addr: netip.MustParseAddrPort("127.0.0.77:53")})
-		beat(1_100_000_000)
+		beat(2_100_000_000)
 		before := k.counter(bpfobj.InlayCounterCOUNT_DNS_PASSED)
 		fd := client.socket(unix.AF_INET, unix.SOCK_DGRAM)
 		client.must(order{Op: "sendto", FD: fd, Addr: netip.MustParseAddrPort("127.0.0.77:53"), Data: []byte("?")})

@@ -34,7 +34,8 @@ type Config struct {
 	// Stats turns on the kernel's statistics of BPF programs while the Set is open. They cost about
 	// 20 ns a run, of all programs of the machine.
 	Stats bool
-	// DNSStale is how old the heartbeat of a DNS proxy may be. Zero means one second.
+	// DNSStale is how old the heartbeat of a DNS proxy may be. Zero means two seconds: less, and a proxy that
+	// waits for a busy processor is taken for dead, and programs hear NXDOMAIN about the mesh.
 	DNSStale time.Duration
 	// SampleAfter is how long after its begin, or its last sample, a connection gets a sample by Sweep.
 	// Zero leaves the compiled one, 9 s.
@@ -68,7 +69,7 @@ func (c Config) complete() (Config, error) {
 		return c, fmt.Errorf("age of a stale DNS heartbeat %v, time between samples %v: want positive durations", c.DNSStale, c.SampleAfter)
 	}
 	if c.DNSStale == 0 {
-		c.DNSStale = time.Second
+		c.DNSStale = 2 * time.Second
 	}
 	c.Log = discard(c.Log)
 	return c, nil

@@ -68,7 +68,7 @@ func (h *heartbeat) run(quit <-chan struct{}) {
 		if (err != nil) != ill { // once a change, not four times a second
 			ill = err != nil
 			if ill {
-				h.log.Error("heartbeat not written: after a second programs ask their own resolvers", "err", err)
+				h.log.Error("heartbeat not written: after two seconds programs ask their own resolvers", "err", err)
 			} else {
 				h.log.Info("heartbeat written again")
 			}

@@ -84,7 +84,7 @@ type Config struct {
 // Times of the protocol with the hooks and with resolvers.
 const (
 	// HeartbeatEvery is how often the entry in dns_proxies is written; the hooks take one older than
-	// a second for that of a dead proxy.
+	// two seconds for that of a dead proxy.
 	HeartbeatEvery = 250 * time.Millisecond
 	// tryTime is how long one try at one resolver may take.
 	tryTime = 2 * time.Second

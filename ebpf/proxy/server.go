@@ -162,7 +162,7 @@ func (s *server) leave(ctx context.Context) {
 	} else {
 		// First no new query is sent here, then those that are in the sockets are read.
 		if err := s.cfg.Tables.Leave(s.beat.netns); err != nil {
-			s.cfg.Log.Warn("entry of the proxy stays; it is ignored when it is a second old", "err", err)
+			s.cfg.Log.Warn("entry of the proxy stays; it is ignored when it is two seconds old", "err", err)
 		}
 		s.quiesce(s.cfg.Clock.Now().Add(lingerTime))
 		s.quiesceControl()

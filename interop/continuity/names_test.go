@@ -9,7 +9,7 @@ import (
 )
 
 // staleAfter is the age at which a heartbeat of the DNS proxy no longer counts.
-const staleAfter = time.Second
+const staleAfter = 2 * time.Second
 
 // The DNS proxy is killed. Names outside of the mesh come from the machine's own resolver once its
 // heartbeat is stale, also while no agent can start another; names of the mesh as soon as one runs.
