@@ -125,7 +125,7 @@ func (n *network) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &memoryConn{c}, nil
+	return &memoryConn{Conn: c}, nil
 }
 
 // dials is how many connections were asked for.
@@ -163,20 +163,51 @@ func (l memoryListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &memoryConn{c}, nil
+	return &memoryConn{Conn: c}, nil
 }
 
-// memoryConn fails a read whose deadline has passed as a socket does, by an error that is temporary:
-// crypto/tls goes on after such a one, and net/http counts on that between two requests.
-type memoryConn struct{ net.Conn }
+// memoryConn has the read deadlines of a socket. Their error is temporary: crypto/tls goes on after such
+// a one, and net/http counts on that between two requests. And one that was moved on never passes,
+// whereas that of bufconn may: its timer ends a later read when it fires as it is stopped.
+type memoryConn struct {
+	net.Conn
+	mu       sync.Mutex
+	deadline time.Time
+}
+
+func (c *memoryConn) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.deadline = t
+	return c.Conn.SetReadDeadline(t)
+}
+
+func (c *memoryConn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
 
 func (c *memoryConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	var timeout net.Error
-	if errors.As(err, &timeout) && timeout.Timeout() {
-		err = os.ErrDeadlineExceeded
+	for {
+		n, err := c.Conn.Read(p)
+		var timeout net.Error
+		if !errors.As(err, &timeout) || !timeout.Timeout() {
+			return n, err
+		}
+		if c.due() {
+			return n, os.ErrDeadlineExceeded
+		}
 	}
-	return n, err
+}
+
+// due reports whether the deadline has passed; if not it sets it anew.
+func (c *memoryConn) due() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.deadline.IsZero() && !time.Now().Before(c.deadline) {
+		return true
+	}
+	_ = c.Conn.SetReadDeadline(c.deadline) // bufconn has no error to give
+	return false
 }
 
 // server is an instance of a service.
