@@ -198,8 +198,9 @@ func (p *pipeline) accept(rev source.Revision, remember bool, beside []config.Fi
 			}
 			p.log.Warn("configuration refused", "fault", f.String())
 		}
-		running := p.now().revision
-		p.log.Warn("the running revision stays", "refused", rev.ID, "running", running, "faults", len(faults))
+		if p.plan != nil {
+			p.log.Warn("the running revision stays", "refused", rev.ID, "running", p.revision, "faults", len(faults))
+		}
 		return faults
 	}
 	at := p.cfg.Clock.Now()
@@ -240,6 +241,7 @@ func (p *pipeline) restore(faults []config.Finding) {
 			return
 		}
 	}
+	p.log.Warn("nothing is served until the directory is good: no good revision of before is remembered")
 }
 
 // build makes the mesh of the plan and the instances of this moment, and serves it. Then it changes
